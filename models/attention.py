@@ -1,0 +1,88 @@
+"""One `attend` for every backend: PyTorch's SDPA everywhere, FlexAttention where it pays."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
+
+from .masks import AttentionPattern, dense_mask, flex_block_mask, is_unrestricted
+
+# `flash_attn` is what the original's configs say. It names no library here: like `auto`, it asks
+# for the best backend that this device and pattern have.
+BACKENDS = ("auto", "flash_attn", "flex", "sdpa")
+
+
+def resolve_backend(backend: str, *, pattern: AttentionPattern, device: torch.device) -> str:
+    """The backend that will run: 'sdpa' or 'flex'.
+
+    Args:
+        backend: one of `BACKENDS`.
+        pattern: FlexAttention pays only where a mask has structure SDPA's kernels do not know.
+        device: where the tensors are.
+
+    Raises:
+        ValueError: if the backend is unknown.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"model.attn_backend={backend}: allowed are {', '.join(BACKENDS)}")
+    if backend in ("flex", "sdpa"):
+        return backend
+    has_structure = pattern is AttentionPattern.BLOCK_DIFFUSION
+    return "flex" if has_structure and device.type == "cuda" else "sdpa"
+
+
+@functools.cache
+def _compiled_flex_attention() -> Callable[..., Tensor]:
+    # Uncompiled FlexAttention materialises every score; compiled it is one fused kernel.
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, *, pattern: AttentionPattern, block_size: int) -> Tensor:
+    if q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad:
+        raise ValueError(
+            "model.attn_backend=flex cannot train on the CPU: FlexAttention has no backward pass "
+            "there; use model.attn_backend=auto or sdpa"
+        )
+    q_len, kv_len = q.shape[2], k.shape[2]
+    mask = None
+    if not is_unrestricted(pattern, q_len=q_len, kv_len=kv_len, block_size=block_size):
+        mask = flex_block_mask(
+            pattern, q_len=q_len, kv_len=kv_len, block_size=block_size, device=q.device
+        )
+    return _compiled_flex_attention()(q, k, v, block_mask=mask)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, pattern: AttentionPattern, block_size: int) -> Tensor:
+    q_len, kv_len = q.shape[2], k.shape[2]
+    if is_unrestricted(pattern, q_len=q_len, kv_len=kv_len, block_size=block_size):
+        return F.scaled_dot_product_attention(q, k, v)
+    if pattern is AttentionPattern.CAUSAL and q_len == kv_len:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    mask = dense_mask(pattern, q_len=q_len, kv_len=kv_len, block_size=block_size, device=q.device)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, *, pattern: AttentionPattern, block_size: int, backend: str
+) -> Tensor:
+    """softmax(q k^T / sqrt d) v under a pattern.
+
+    Args:
+        q: queries (B, H, T, d), the last T of the key positions.
+        k, v: keys and values (B, H, S, d), S >= T; S = T without a KV cache.
+        pattern: who sees whom; `BLOCK_DIFFUSION` expects T = S = 2N.
+        block_size: L.
+        backend: one of `BACKENDS`.
+
+    Returns:
+        (B, H, T, d).
+
+    Raises:
+        ValueError: unknown backend, or a backend that cannot run what is asked of it.
+    """
+    chosen = resolve_backend(backend, pattern=pattern, device=q.device)
+    run = _flex if chosen == "flex" else _sdpa
+    return run(q, k, v, pattern=pattern, block_size=block_size)

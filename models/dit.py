@@ -1,0 +1,284 @@
+"""The denoising network: a diffusion transformer with adaptive layer norm and rotary positions.
+
+Parameter names and their order are file formats (a checkpoint's EMA and optimizer state are
+positional): a test freezes them.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import attend
+from .kv_cache import KVCache
+from .masks import AttentionPattern
+from .rotary import Rotary, rotate
+
+
+@dataclass(frozen=True, kw_only=True)
+class DITConfig:
+    """Sizes and switches of the network.
+
+    `vocab_size` counts the mask token, `block_size` is L. `adaln=False` builds the network without
+    conditioning on sigma (AR).
+    """
+
+    vocab_size: int
+    block_size: int
+    hidden_size: int
+    cond_dim: int
+    n_blocks: int
+    n_heads: int
+    dropout: float = 0.1
+    adaln: bool = True
+    attn_backend: str = "auto"
+
+    def __post_init__(self):
+        if self.hidden_size % (2 * self.n_heads):
+            raise ValueError(
+                f"model.hidden_size={self.hidden_size}: must be a multiple of 2 x "
+                f"model.n_heads={self.n_heads}, rotary heads have an even size"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.n_heads
+
+
+class LayerNorm(nn.Module):
+    """Layer norm without bias, computed in float32 whatever the precision around it."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            return F.layer_norm(x.float(), self.weight.shape, self.weight.float())
+
+
+class Modulation(NamedTuple):
+    """Adaptive layer norm of one sub-layer; each broadcasts against (B, T, D). None: identity."""
+
+    shift: Tensor | None
+    scale: Tensor | None
+    gate: Tensor | None
+
+    def modulate(self, x: Tensor) -> Tensor:
+        return x if self.shift is None else x * (1 + self.scale) + self.shift
+
+    def gated(self, x: Tensor) -> Tensor:
+        return x if self.gate is None else x * self.gate
+
+
+IDENTITY = Modulation(None, None, None)
+
+
+class EmbeddingLayer(nn.Module):
+    """Token embeddings (V, D), not tied to the output head."""
+
+    def __init__(self, vocab_size: int, dim: int):
+        super().__init__()
+        self.embedding = nn.Parameter(torch.empty(vocab_size, dim))
+        nn.init.kaiming_uniform_(self.embedding, a=math.sqrt(5))
+
+    def forward(self, indices: Tensor) -> Tensor:
+        return F.embedding(indices, self.embedding)
+
+
+class SigmaEmbedder(nn.Module):
+    """sigma -> conditioning vector: sinusoidal features and a two-layer perceptron."""
+
+    NUM_FEATURES = 256
+    MAX_PERIOD = 10_000.0
+
+    def __init__(self, cond_dim: int):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(self.NUM_FEATURES, cond_dim), nn.SiLU(), nn.Linear(cond_dim, cond_dim)
+        )
+
+    def forward(self, sigma: Tensor) -> Tensor:
+        """sigma (...,) float -> (..., C)."""
+        half = self.NUM_FEATURES // 2
+        steps = torch.arange(half, dtype=torch.float32, device=sigma.device) / half
+        angles = sigma.float()[..., None] * torch.exp(-math.log(self.MAX_PERIOD) * steps)
+        return self.mlp(torch.cat((angles.cos(), angles.sin()), dim=-1))
+
+
+class DITBlock(nn.Module):
+    """Attention and a feed-forward network, each modulated, gated and added to the residual."""
+
+    def __init__(self, config: DITConfig):
+        super().__init__()
+        dim = config.hidden_size
+        self.config = config
+        self.norm1 = LayerNorm(dim)
+        self.attn_qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.attn_out = nn.Linear(dim, dim, bias=False)
+        self.norm2 = LayerNorm(dim)
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, 4 * dim), nn.GELU(approximate="tanh"), nn.Linear(4 * dim, dim)
+        )
+        if config.adaln:
+            self.adaLN_modulation = nn.Linear(config.cond_dim, 6 * dim)
+            nn.init.zeros_(self.adaLN_modulation.weight)
+            nn.init.zeros_(self.adaLN_modulation.bias)
+
+    def modulations(self, condition: Tensor | None) -> tuple[Modulation, Modulation]:
+        """Of the attention and of the feed-forward network, from (B or 1, T or 1, C)."""
+        if condition is None:
+            return IDENTITY, IDENTITY
+        parts = self.adaLN_modulation(condition).chunk(6, dim=-1)
+        return Modulation(*parts[:3]), Modulation(*parts[3:])
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        condition: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        pattern: AttentionPattern,
+        layer: int,
+        kv_cache: KVCache | None,
+    ) -> Tensor:
+        """One layer on (B, T, D); `cos` and `sin` as `Rotary` makes them."""
+        attn, feed_forward = self.modulations(condition)
+        h = self.attention(
+            attn.modulate(self.norm1(x)),
+            cos=cos, sin=sin, pattern=pattern, layer=layer, kv_cache=kv_cache,
+        )  # fmt: skip
+        x = x + attn.gated(self.dropout(h))
+        h = self.mlp(feed_forward.modulate(self.norm2(x)))
+        return x + feed_forward.gated(self.dropout(h))
+
+    def attention(
+        self,
+        h: Tensor,
+        *,
+        cos: Tensor,
+        sin: Tensor,
+        pattern: AttentionPattern,
+        layer: int,
+        kv_cache: KVCache | None,
+    ) -> Tensor:
+        """Multi-head attention on (B, T, D); with a cache, over the cached tokens too."""
+        heads = self.attn_qkv(h).unflatten(-1, (3, self.config.n_heads, -1))  # (B, T, 3, H, d)
+        q, k, v = heads.permute(2, 0, 3, 1, 4)  # each (B, H, T, d)
+        q, k = rotate(q, cos=cos, sin=sin), rotate(k, cos=cos, sin=sin)
+        if kv_cache is not None:
+            k, v = kv_cache.append(layer, k=k, v=v)
+        out = attend(
+            q, k, v,
+            pattern=pattern,
+            block_size=self.config.block_size,
+            backend=self.config.attn_backend,
+        )  # fmt: skip
+        return self.attn_out(out.transpose(1, 2).flatten(2))  # (B, T, D)
+
+    def dropout(self, h: Tensor) -> Tensor:
+        return F.dropout(h, p=self.config.dropout, training=self.training)
+
+
+class OutputLayer(nn.Module):
+    """Final norm, modulation and the zero-initialised projection to the vocabulary."""
+
+    def __init__(self, config: DITConfig):
+        super().__init__()
+        self.norm_final = LayerNorm(config.hidden_size)
+        self.linear = nn.Linear(config.hidden_size, config.vocab_size)
+        zeros = [self.linear]
+        if config.adaln:
+            self.adaLN_modulation = nn.Linear(config.cond_dim, 2 * config.hidden_size)
+            zeros.append(self.adaLN_modulation)
+        for layer in zeros:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(
+        self, x: Tensor, *, condition: Tensor | None, logits_at: Tensor | None
+    ) -> Tensor:
+        """(B, T, D) -> (B, T, V), or (n_selected, V) for a boolean `logits_at` (B, T)."""
+        modulation = IDENTITY
+        if condition is not None:
+            shift, scale = self.adaLN_modulation(condition).chunk(2, dim=-1)
+            modulation = Modulation(shift, scale, None)
+        x = modulation.modulate(self.norm_final(x))
+        return self.linear(x if logits_at is None else x[logits_at])
+
+
+class DIT(nn.Module):
+    """Token ids (and the noise level sigma) -> logits over the vocabulary."""
+
+    def __init__(self, config: DITConfig):
+        super().__init__()
+        self.config = config
+        self.vocab_embed = EmbeddingLayer(config.vocab_size, config.hidden_size)
+        if config.adaln:
+            self.sigma_map = SigmaEmbedder(config.cond_dim)
+        self.rotary_emb = Rotary(config.head_dim)
+        self.blocks = nn.ModuleList(DITBlock(config) for _ in range(config.n_blocks))
+        self.output_layer = OutputLayer(config)
+
+    def forward(
+        self,
+        indices: Tensor,
+        sigma: Tensor | None = None,
+        *,
+        pattern: AttentionPattern,
+        kv_cache: KVCache | None = None,
+        positions: Tensor | None = None,
+        logits_at: Tensor | None = None,
+    ) -> Tensor:
+        """Predict the clean token at each position.
+
+        Args:
+            indices: token ids (B, T), int64; for `BLOCK_DIFFUSION` [x_t ; x_0], T = 2N.
+            sigma: noise level of each row (B,) or of each (noisy) position (B, T) or (B, N);
+                None means 0 everywhere, a conditioning computed once for the whole batch.
+                The clean half of `BLOCK_DIFFUSION` is conditioned on 0 where sigma is per position.
+            pattern: who sees whom.
+            kv_cache: tokens before `indices`; this pass's keys are written behind them.
+            positions: rotary positions (T,) or (B, T); by default they count on from the cache,
+                and both halves of `BLOCK_DIFFUSION` count from 0.
+            logits_at: boolean (B, N), compute logits only there.
+
+        Returns:
+            Logits (B, T, V), for `BLOCK_DIFFUSION` (B, N, V); with `logits_at` (n_selected, V).
+        """
+        num_outputs = indices.shape[1]
+        if pattern is AttentionPattern.BLOCK_DIFFUSION:
+            num_outputs //= 2
+        if positions is None:
+            start = 0 if kv_cache is None else kv_cache.num_tokens
+            positions = torch.arange(start, start + indices.shape[1], device=indices.device)
+            positions = (positions - start) % num_outputs + start
+        cos, sin = self.rotary_emb(positions)
+        condition = self.condition(sigma, indices=indices)
+
+        x = self.vocab_embed(indices)
+        for layer, block in enumerate(self.blocks):
+            x = block(
+                x, condition=condition, cos=cos, sin=sin,
+                pattern=pattern, layer=layer, kv_cache=kv_cache,
+            )  # fmt: skip
+        x = x[:, :num_outputs]  # the clean half has done its work: it was seen
+        if condition is not None and condition.shape[1] > 1:
+            condition = condition[:, :num_outputs]
+        return self.output_layer(x, condition=condition, logits_at=logits_at)
+
+    def condition(self, sigma: Tensor | None, *, indices: Tensor) -> Tensor | None:
+        """The conditioning vectors (B or 1, T or 1, C); None for a network without adaLN."""
+        if not self.config.adaln:
+            return None
+        if sigma is None:
+            sigma = torch.zeros(1, device=indices.device)
+        if sigma.ndim == 1:
+            sigma = sigma[:, None]
+        elif sigma.shape[1] < indices.shape[1]:
+            sigma = torch.cat((sigma, torch.zeros_like(sigma)), dim=1)
+        return F.silu(self.sigma_map(sigma))

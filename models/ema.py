@@ -1,0 +1,71 @@
+"""Exponential moving average of the weights."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class ExponentialMovingAverage:
+    """shadow <- d * shadow + (1 - d) * parameter, with d = min(decay, (1 + n) / (10 + n)).
+
+    The shadow is positional: entry i belongs to the i-th parameter that requires a gradient. That,
+    and the three keys of `state_dict`, is the original's file format.
+
+    Args:
+        parameters: the parameters to follow; their present values start the average.
+        decay: the asymptotic decay, in [0, 1).
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], *, decay: float):
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"training.ema={decay}: must lie in [0, 1)")
+        self.decay = decay
+        self.num_updates = 0
+        self.shadow = [p.detach().clone() for p in parameters if p.requires_grad]
+
+    @torch.no_grad()
+    def update(self, parameters: Iterable[Tensor]) -> None:
+        """Move the shadow one step towards the parameters (call after each optimizer step)."""
+        self.num_updates += 1
+        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        current = [p.detach() for p in parameters if p.requires_grad]
+        torch._foreach_lerp_(self.shadow, current, 1.0 - decay)
+
+    @torch.no_grad()
+    def swap(self, parameters: Iterable[Tensor]) -> None:
+        """Exchange shadow and parameters in place; calling it twice restores both."""
+        for shadow, parameter in zip(
+            self.shadow, (p for p in parameters if p.requires_grad), strict=True
+        ):
+            held = shadow.clone()
+            shadow.copy_(parameter)
+            parameter.copy_(held)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The original's layout: decay, num_updates and the positional list shadow_params."""
+        return {
+            "decay": self.decay,
+            "num_updates": self.num_updates,
+            "shadow_params": self.shadow,
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict`; the tensors are copied onto the present device.
+
+        Raises:
+            ValueError: if the number of tensors or a shape does not fit the parameters followed.
+        """
+        loaded = state["shadow_params"]
+        shapes = [tuple(t.shape) for t in loaded]
+        expected = [tuple(t.shape) for t in self.shadow]
+        if shapes != expected:
+            raise ValueError(
+                f"ema.shadow_params: {len(shapes)} tensors of shapes {shapes[:3]}..., the network "
+                f"has {len(expected)} parameters of shapes {expected[:3]}..."
+            )
+        for shadow, tensor in zip(self.shadow, loaded, strict=True):
+            shadow.copy_(tensor)
+        self.decay, self.num_updates = state["decay"], state["num_updates"]

@@ -1,0 +1,57 @@
+"""Keys and values of the text that is already final."""
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """Rotated keys and values per layer, each (B, H, capacity, d), in static buffers.
+
+    A sampler makes one and passes it to the network. A forward pass writes its own T tokens behind
+    the committed ones and attends to both; only `commit` makes them stay. So a block may be
+    denoised many times over the same cache, and is stored when it is final.
+
+    Args:
+        n_layers, batch_size, n_heads, capacity, head_dim: the buffers' sizes; capacity in tokens.
+        device, dtype: of the buffers; the dtype is that of the network's keys.
+    """
+
+    def __init__(
+        self,
+        *,
+        n_layers: int,
+        batch_size: int,
+        n_heads: int,
+        capacity: int,
+        head_dim: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
+        shape = (n_layers, 2, batch_size, n_heads, capacity, head_dim)
+        self._buffer = torch.zeros(shape, device=device, dtype=dtype)
+        self.capacity = capacity
+        self.num_tokens = 0
+
+    def append(self, layer: int, *, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write T tentative keys and values (B, H, T, d) and return all that a query may see.
+
+        Returns:
+            Views (B, H, num_tokens + T, d) of the buffers; nothing is copied.
+
+        Raises:
+            ValueError: if the tokens do not fit.
+        """
+        end = self.num_tokens + k.shape[2]
+        if end > self.capacity:
+            raise ValueError(
+                f"KV cache is full: {self.num_tokens} tokens stored, {k.shape[2]} more asked for, "
+                f"capacity {self.capacity}"
+            )
+        keys, values = self._buffer[layer]
+        keys[:, :, self.num_tokens : end] = k
+        values[:, :, self.num_tokens : end] = v
+        return keys[:, :, :end], values[:, :, :end]
+
+    def commit(self, num_tokens: int) -> None:
+        """Keep the first `num_tokens` of the last forward pass's tokens."""
+        self.num_tokens += num_tokens

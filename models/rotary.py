@@ -1,0 +1,40 @@
+"""Rotary position embedding (Su et al., arXiv 2104.09864), rotate-half form."""
+
+import torch
+from torch import Tensor, nn
+
+
+class Rotary(nn.Module):
+    """Angles of the rotary embedding; `inv_freq` is part of the checkpoint format.
+
+    Args:
+        head_dim: d, even.
+        base: wavelength base.
+    """
+
+    def __init__(self, head_dim: int, base: float = 10_000.0):
+        super().__init__()
+        self.head_dim, self.base = head_dim, base
+        self.register_buffer("inv_freq", self.frequencies())
+
+    def frequencies(self) -> Tensor:
+        """base^(-2i/d) for i = 0 .. d/2 - 1, shape (d/2,)."""
+        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32) / self.head_dim
+        return self.base**-exponents
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines for integer positions (T,) or (B, T), float32.
+
+        Returns:
+            Two tensors of shape (1, 1, T, d/2) or (B, 1, T, d/2), ready to broadcast over heads.
+        """
+        angles = positions.float()[..., None] * self.inv_freq.float()
+        angles = angles.reshape(-1, 1, *angles.shape[-2:])
+        return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, *, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (x_i, x_{i + d/2}) of queries or keys (B, H, T, d), in float32."""
+    first, second = x.float().chunk(2, dim=-1)
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return rotated.to(x.dtype)
