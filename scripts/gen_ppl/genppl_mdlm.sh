@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=genppl_mdlm
+#SBATCH --output=slurm-%x-%j.out
+#SBATCH --open-mode=append
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gres=gpu:1
+#SBATCH --cpus-per-task=4
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --signal=SIGUSR1@90
+#
+# Generative perplexity of MDLM: samples, scored by GPT-2 large.
+# usage: genppl_mdlm.sh LENGTH SEED [override ...]
+# variables: CHECKPOINT
+
+# Slurm runs a copy of this file; common.sh is then found from the submit folder or the job.
+scripts="$(dirname "${BASH_SOURCE[0]}")/.."
+[[ -f "$scripts/common.sh" ]] || scripts="${BD3LM_ROOT:-${SLURM_SUBMIT_DIR:-.}}/scripts"
+[[ -f "$scripts/common.sh" ]] || scripts="$(dirname "$(scontrol show job "$SLURM_JOB_ID" |
+  sed -n 's/^ *Command=\([^ ]*\).*/\1/p')")/.."
+# shellcheck source=scripts/common.sh
+source "$scripts/common.sh"
+
+(($# >= 2)) || die "usage: genppl_mdlm.sh LENGTH SEED [override ...]"
+LENGTH="$1"
+SEED="$2"
+shift 2
+CHECKPOINT="$(find_checkpoint CHECKPOINT "$CHECKPOINT_DIR/mdlm_owt_noeos.ckpt")"
+
+launch \
+  mode=sample_eval \
+  loader.eval_batch_size=1 \
+  data=openwebtext-split \
+  algo=mdlm \
+  algo.T=5000 \
+  block_size=1024 \
+  "model.length=$LENGTH" \
+  "eval.checkpoint_path=$CHECKPOINT" \
+  wandb=null \
+  "seed=$SEED" \
+  sampling.num_sample_batches=25 \
+  sampling.nucleus_p=0.9 \
+  "sampling.logdir=$ROOT/sample_logs/samples_mdlm_len${LENGTH}" \
+  "$@"

@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=ppl_lm1b_ar
+#SBATCH --output=slurm-%x-%j.out
+#SBATCH --open-mode=append
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gres=gpu:1
+#SBATCH --cpus-per-task=4
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --signal=SIGUSR1@90
+#
+# Likelihood of AR trained on LM1B.
+# usage: ppl_lm1b_ar.sh [override ...]
+# variables: CHECKPOINT
+
+# Slurm runs a copy of this file; common.sh is then found from the submit folder or the job.
+scripts="$(dirname "${BASH_SOURCE[0]}")/.."
+[[ -f "$scripts/common.sh" ]] || scripts="${BD3LM_ROOT:-${SLURM_SUBMIT_DIR:-.}}/scripts"
+[[ -f "$scripts/common.sh" ]] || scripts="$(dirname "$(scontrol show job "$SLURM_JOB_ID" |
+  sed -n 's/^ *Command=\([^ ]*\).*/\1/p')")/.."
+# shellcheck source=scripts/common.sh
+source "$scripts/common.sh"
+
+CHECKPOINT="$(find_checkpoint CHECKPOINT "$CHECKPOINT_DIR/ar_lm1b.ckpt")"
+
+launch \
+  loader.global_batch_size=512 \
+  loader.eval_global_batch_size=512 \
+  loader.batch_size=128 \
+  loader.eval_batch_size=128 \
+  algo=ar \
+  data=lm1b-wrap \
+  model.length=128 \
+  "eval.checkpoint_path=$CHECKPOINT" \
+  wandb=null \
+  mode=ppl_eval \
+  "$@"

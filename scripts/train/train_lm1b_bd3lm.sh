@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=train_lm1b_bd3lm
+#SBATCH --output=slurm-%x-%j.out
+#SBATCH --open-mode=append
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gres=gpu:8
+#SBATCH --cpus-per-task=4
+#SBATCH --time=96:00:00
+#SBATCH --requeue
+#SBATCH --signal=SIGUSR1@90
+#
+# Trains BD3-LM on LM1B.
+# usage: train_lm1b_bd3lm.sh [override ...]
+# variables: BLOCK_SIZE, PRETRAIN_CKPT
+
+# Slurm runs a copy of this file; common.sh is then found from the submit folder or the job.
+scripts="$(dirname "${BASH_SOURCE[0]}")/.."
+[[ -f "$scripts/common.sh" ]] || scripts="${BD3LM_ROOT:-${SLURM_SUBMIT_DIR:-.}}/scripts"
+[[ -f "$scripts/common.sh" ]] || scripts="$(dirname "$(scontrol show job "$SLURM_JOB_ID" |
+  sed -n 's/^ *Command=\([^ ]*\).*/\1/p')")/.."
+# shellcheck source=scripts/common.sh
+source "$scripts/common.sh"
+
+BLOCK_SIZE="${BLOCK_SIZE:-16}"
+PRETRAIN_CKPT="$(find_checkpoint PRETRAIN_CKPT "$CHECKPOINT_DIR/61-850000.ckpt")"
+
+launch \
+  loader.global_batch_size=512 \
+  loader.eval_global_batch_size=512 \
+  loader.batch_size=64 \
+  loader.eval_batch_size=64 \
+  model=small \
+  algo=bd3lm \
+  "algo.clip_search_widths=[0.5,0.6,0.7,0.8,0.9]" \
+  data=lm1b-wrap \
+  model.length=128 \
+  "block_size=${BLOCK_SIZE}" \
+  "wandb.name=bd3lm-lm1b-block_size${BLOCK_SIZE}" \
+  mode=train \
+  model.attn_backend=flex \
+  training.resample=True \
+  "training.from_pretrained=$PRETRAIN_CKPT" \
+  "$@"

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=train_lm1b_sedd
+#SBATCH --output=slurm-%x-%j.out
+#SBATCH --open-mode=append
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gres=gpu:8
+#SBATCH --cpus-per-task=4
+#SBATCH --time=96:00:00
+#SBATCH --requeue
+#SBATCH --signal=SIGUSR1@90
+#
+# Trains SEDD on LM1B.
+# usage: train_lm1b_sedd.sh [override ...]
+
+# Slurm runs a copy of this file; common.sh is then found from the submit folder or the job.
+scripts="$(dirname "${BASH_SOURCE[0]}")/.."
+[[ -f "$scripts/common.sh" ]] || scripts="${BD3LM_ROOT:-${SLURM_SUBMIT_DIR:-.}}/scripts"
+[[ -f "$scripts/common.sh" ]] || scripts="$(dirname "$(scontrol show job "$SLURM_JOB_ID" |
+  sed -n 's/^ *Command=\([^ ]*\).*/\1/p')")/.."
+# shellcheck source=scripts/common.sh
+source "$scripts/common.sh"
+
+launch \
+  loader.global_batch_size=512 \
+  loader.eval_global_batch_size=512 \
+  loader.batch_size=128 \
+  loader.eval_batch_size=128 \
+  model=small \
+  algo=sedd \
+  data=lm1b-wrap \
+  model.length=128 \
+  wandb.name=sedd-lm1b \
+  "$@"
