@@ -31,7 +31,10 @@ class ExponentialMovingAverage:
         self.num_updates += 1
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         current = [p.detach() for p in parameters if p.requires_grad]
-        torch._foreach_lerp_(self.shadow, current, 1.0 - decay)
+        # Not lerp: its float32 rounding is another one than the original's.
+        difference = torch._foreach_sub(self.shadow, current)
+        torch._foreach_mul_(difference, 1.0 - decay)
+        torch._foreach_sub_(self.shadow, difference)
 
     @torch.no_grad()
     def swap(self, parameters: Iterable[Tensor]) -> None:
