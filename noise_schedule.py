@@ -24,6 +24,11 @@ class NoiseValues:
     loss_scaling: Tensor
     move_chance: Tensor
 
+    def repeat_interleave(self, block_size: int) -> "NoiseValues":
+        """Values per block (B, K) as values per token (B, K L)."""
+        repeats = (value.repeat_interleave(block_size, dim=1) for value in vars(self).values())
+        return NoiseValues(*repeats)
+
 
 class Noise(ABC):
     """A masking schedule. Called with t in (0, 1], any shape, it returns `NoiseValues`."""

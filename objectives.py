@@ -118,6 +118,7 @@ class Denoiser:
         *,
         pattern: AttentionPattern,
         kv_cache: KVCache | None = None,
+        at: Tensor | None = None,
     ) -> Tensor:
         """log p(x_0 | x) for subs and ar, the log score for sedd, each (B, T, V) float32.
 
@@ -126,14 +127,17 @@ class Denoiser:
             sigma: total noise (B,), which sedd needs.
             pattern: who sees whom.
             kv_cache: the tokens before x.
+            at: boolean, of the result's (B, T): only these positions, (n_selected, V).
         """
-        logits = self.logits(x, sigma, pattern=pattern, kv_cache=kv_cache)
-        x_t = x[:, : logits.shape[1]]
+        logits = self.logits(x, sigma, pattern=pattern, kv_cache=kv_cache, logits_at=at)
+        x_t = x[:, : logits.shape[1]] if at is None else x[:, : at.shape[1]][at]
         if self.parameterization == "subs":
             return subs_log_probs(logits, x_t=x_t, mask_index=self.mask_index)
         if self.parameterization == "ar":
             return ar_log_probs(logits, mask_index=self.mask_index)
-        return sedd_log_score(logits, x_t=x_t, sigma=sigma[:, None])
+        sigma = sigma[:, None].expand(x.shape)
+        sigma = sigma[:, : logits.shape[1]] if at is None else sigma[:, : at.shape[1]][at]
+        return sedd_log_score(logits, x_t=x_t, sigma=sigma)
 
 
 def ar_token_losses(denoiser: Denoiser, x_0: Tensor) -> Tensor:

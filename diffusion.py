@@ -1,0 +1,257 @@
+"""The Lightning module: one training step, validation with the range search, the optimizer."""
+
+from typing import Any
+
+import hydra
+import lightning as L
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from clipped_schedule import (
+    MAX_BATCHES,
+    ClippedScheduleSearch,
+    candidate_intervals,
+    logged_name,
+)
+from corpora.tokenization import mask_index_and_vocab_size
+from forward_process import FULL, NLL, ClipInterval, noise_values, q_xt, q_xt_within, sample_t
+from metrics import NLL as NLLMetric
+from metrics import likelihood_metrics
+from models.dit import DIT, DITConfig
+from models.masks import AttentionPattern
+from noise_schedule import get_noise
+from objectives import Denoiser, ar_token_losses, diffusion_token_losses, masked_mean
+from utils import derive_seed
+
+# Random numbers of training and validation come from different streams of one seed.
+TRAIN_STREAM, VALIDATION_STREAM = 0, 1
+
+
+class Diffusion(L.LightningModule):
+    """AR, MDLM, SEDD and block diffusion language models.
+
+    A batch is {"input_ids": (B, N) int64, "attention_mask": (B, N) 0/1}.
+
+    Args:
+        config: the composed configuration.
+        tokenizer: gives the mask token and the size of the vocabulary.
+
+    Attributes:
+        denoiser: the network with its parameterization; samplers take it.
+        interval: the range t is drawn from in training. Where `algo.var_min` the two buffers
+            `sampling_eps_min` and `sampling_eps_max` carry it through checkpoints.
+    """
+
+    def __init__(self, config: DictConfig, tokenizer: PreTrainedTokenizerBase):
+        super().__init__()
+        algo, training = config.algo, config.training
+        self.config = config
+        self.is_ar = algo.parameterization == "ar"
+        self.ignore_bos = algo.ignore_bos
+        self.block_size = config.block_size
+        self.mask_index, vocab_size = mask_index_and_vocab_size(tokenizer)
+        self.noise = get_noise(config.noise.type)
+        self.backbone = DIT(
+            DITConfig(
+                vocab_size=vocab_size,
+                block_size=config.block_size,
+                hidden_size=config.model.hidden_size,
+                cond_dim=config.model.cond_dim,
+                n_blocks=config.model.n_blocks,
+                n_heads=config.model.n_heads,
+                dropout=config.model.dropout,
+                adaln=not self.is_ar or config.model.adaln,
+                attn_backend=config.model.attn_backend,
+            )
+        )
+        self.denoiser = Denoiser(
+            backbone=self.backbone,
+            parameterization=algo.parameterization,
+            mask_index=self.mask_index,
+            time_conditioning=algo.time_conditioning,
+        )
+        self.pattern = AttentionPattern.FULL
+        if algo.cross_attn:
+            self.pattern = AttentionPattern.BLOCK_DIFFUSION
+        self.interval = ClipInterval(training.sampling_eps_min, training.sampling_eps_max)
+        self.clip_search = None
+        if algo.var_min:
+            self._register_clipped_range(algo)
+        reports_nll = self.block_size == 1 and training.eval_nll and not self.is_ar
+        self.validation_interval = NLL if reports_nll else FULL
+        self.train_nll = NLLMetric()
+        self.val_metrics = likelihood_metrics("val/")
+
+    # --- the clipped range ---------------------------------------------------------------------
+
+    def _register_clipped_range(self, algo: DictConfig) -> None:
+        self.register_buffer("sampling_eps_min", torch.tensor(self.interval.low))
+        self.register_buffer("sampling_eps_max", torch.tensor(self.interval.high))
+        self.register_load_state_dict_post_hook(_read_clipped_range)
+        self.clip_search = ClippedScheduleSearch(
+            candidate_intervals(
+                block_size=self.block_size,
+                widths=algo.clip_search_widths,
+                delta=algo.clip_search_delta,
+            )
+        )
+
+    def set_interval(self, interval: ClipInterval) -> None:
+        """Train on another range from now on."""
+        self.interval = interval
+        self.sampling_eps_min.fill_(interval.low)
+        self.sampling_eps_max.fill_(interval.high)
+
+    # --- losses ----------------------------------------------------------------------------------
+
+    def token_losses(self, x_0: Tensor, *, interval: ClipInterval) -> Tensor:
+        """Per-token losses with fresh noise, t drawn from the interval (paper eq. 8).
+
+        Args:
+            x_0: clean tokens (B, N).
+            interval: the range of t.
+
+        Returns:
+            (B, N), for ar (B, N - 1): the first token has no prediction.
+        """
+        if self.is_ar:
+            return ar_token_losses(self.denoiser, x_0)
+        shape = (x_0.shape[0], x_0.shape[1] // self.block_size)
+        t = sample_t(
+            shape,
+            interval=interval,
+            antithetic=self.config.training.antithetic_sampling,
+            device=x_0.device,
+        )  # (B, K)
+        values = noise_values(
+            self.noise, t, interval=interval, mdlm_loss_scale=self.config.algo.mdlm_loss_scale
+        )
+        per_token = values.repeat_interleave(self.block_size if shape[1] > 1 else 1)
+        return diffusion_token_losses(
+            self.denoiser,
+            x_0,
+            x_t=self._sample_x_t(x_0, move_chance=values.move_chance, interval=interval),
+            values=per_token,
+            sigma_max=self.noise.sigma_max,
+            pattern=self.pattern,
+        )
+
+    def _sample_x_t(self, x_0: Tensor, *, move_chance: Tensor, interval: ClipInterval) -> Tensor:
+        """x_t for p per block (B, K)."""
+        shared = {"mask_index": self.mask_index, "ignore_bos": self.ignore_bos}
+        if self.config.training.resample and interval != FULL:
+            return q_xt_within(
+                x_0,
+                move_chance=move_chance,
+                interval=interval,
+                block_size=self.block_size,
+                **shared,
+            )
+        u = torch.rand(x_0.shape, device=x_0.device)
+        move_chance = move_chance.repeat_interleave(self.block_size, dim=1)
+        return q_xt(x_0, u=u, move_chance=move_chance, **shared)
+
+    def loss_mask(self, attention_mask: Tensor, *, is_training: bool) -> Tensor:
+        """Which tokens the mean runs over.
+
+        A clean position 0 leaves the denominator in evaluation but not in training, as in the
+        original: published likelihoods depend on it.
+        """
+        if self.is_ar:
+            return attention_mask[:, 1:]
+        if self.ignore_bos and not is_training:
+            attention_mask = attention_mask.clone()
+            attention_mask[:, 0] = 0
+        return attention_mask
+
+    # --- training --------------------------------------------------------------------------------
+
+    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        # The noise (and dropout) of a batch depends on seed, rank and its number alone: no two
+        # ranks share any, and a resumed run draws what an uninterrupted one would have drawn.
+        self._seed(TRAIN_STREAM, self.trainer.fit_loop.total_batch_idx)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        losses = self.token_losses(batch["input_ids"], interval=self.interval)
+        mask = self.loss_mask(batch["attention_mask"], is_training=True)
+        loss = masked_mean(losses, mask=mask)
+        self.train_nll.update(losses, mask)
+        size = len(losses)
+        self.log("trainer/loss", loss, on_step=True, prog_bar=True, sync_dist=True, batch_size=size)
+        self.log("train/nll", self.train_nll, on_step=False, on_epoch=True, batch_size=size)
+        return loss
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optim = self.config.optim
+        optimizer = torch.optim.AdamW(
+            self.backbone.parameters(),
+            lr=optim.lr,
+            betas=(optim.beta1, optim.beta2),
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
+        )
+        scheduler = hydra.utils.instantiate(self.config.lr_scheduler, optimizer=optimizer)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "trainer/lr"},
+        }
+
+    # --- validation ------------------------------------------------------------------------------
+
+    def on_validation_batch_start(
+        self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._seed(VALIDATION_STREAM, batch_idx)
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        x_0 = batch["input_ids"]
+        losses = self.token_losses(x_0, interval=self.validation_interval)
+        mask = self.loss_mask(batch["attention_mask"], is_training=False)
+        self.val_metrics.update(losses, mask)
+        self.log_dict(self.val_metrics, on_step=False, on_epoch=True, batch_size=len(x_0))
+        if self.clip_search is not None and batch_idx < MAX_BATCHES:
+            self._search_step(x_0, batch_idx=batch_idx, losses=losses)
+
+    def _search_step(self, x_0: Tensor, *, batch_idx: int, losses: Tensor) -> None:
+        for interval in self.clip_search.intervals:
+            if interval != self.validation_interval:  # that one has just been computed
+                losses_of = self.token_losses(x_0, interval=interval)
+            else:
+                losses_of = losses
+            per_block = losses_of.unflatten(1, (-1, self.block_size)).mean(dim=-1)
+            self.clip_search.update(interval, per_block, batch_idx=batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        if self.clip_search is None:
+            return
+        scores = self.clip_search.compute()
+        for interval, score in zip(self.clip_search.intervals, scores, strict=True):
+            self.log(logged_name(interval), score)
+        is_training = self.trainer.state.fn == "fit" and not self.trainer.sanity_checking
+        if is_training and not self.config.algo.fix_clipping:
+            self.set_interval(self.clip_search.best())
+        self.log("sampling_eps_min", self.sampling_eps_min)
+        self.log("sampling_eps_max", self.sampling_eps_max)
+        self.clip_search.reset()
+
+    # --- checkpoints -----------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the original's keys; plain containers and tensors only, safe to load."""
+        checkpoint["hyper_parameters"] = {
+            "config": OmegaConf.to_container(self.config, resolve=True)
+        }
+        if self.clip_search is not None:
+            checkpoint["sampling_eps_min"] = self.sampling_eps_min
+            checkpoint["sampling_eps_max"] = self.sampling_eps_max
+
+    def _seed(self, stream: int, batch_number: int) -> None:
+        torch.manual_seed(
+            derive_seed(self.config.seed, stream, self.global_rank, batch_number)
+        )
+
+
+def _read_clipped_range(module: Diffusion, _incompatible_keys: Any) -> None:
+    module.interval = ClipInterval(module.sampling_eps_min, module.sampling_eps_max)

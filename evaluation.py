@@ -1,0 +1,156 @@
+"""Evaluation of a trained model: likelihood (`ppl_eval`) and samples (`sample_eval`)."""
+
+import csv
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import track
+from transformers import PreTrainedTokenizerBase
+
+from dataloader import get_dataloaders, get_tokenizer
+from diffusion import Diffusion
+from metrics import token_entropy
+from models.masks import AttentionPattern
+from report import print_table
+from sampling.analytic import AnalyticSampler
+from sampling.ar import AutoregressiveSampler
+from sampling.base import Sampler
+from sampling.semi_ar import SemiAutoregressiveSampler
+from training.checkpointing import load_weights, read_weights
+from utils import derive_seed, get_logger, lightning_precision, resolve_device
+
+logger = get_logger(__name__)
+
+SAMPLE_STREAM = 2
+SAMPLE_COLUMNS = ("gen_ppl", "gen_nfes", "gen_entropy", "gen_lengths", "samples", "seed")
+
+
+def load_model(config: DictConfig, tokenizer: PreTrainedTokenizerBase) -> Diffusion:
+    """The model with the weights of `eval.checkpoint_path`, averaged unless `eval.disable_ema`."""
+    weights = read_weights(config.eval.checkpoint_path)
+    model = Diffusion(config, tokenizer)
+    load_weights(model, weights, use_ema=not config.eval.disable_ema)
+    return model.eval()
+
+
+def config_hash(config: DictConfig) -> str:
+    """Sixteen hex digits of the resolved configuration."""
+    resolved = json.dumps(OmegaConf.to_container(config, resolve=True), sort_keys=True)
+    return hashlib.sha256(resolved.encode()).hexdigest()[:16]
+
+
+def ppl_eval(config: DictConfig, trainer: L.Trainer) -> Path:
+    """Likelihood of the validation set; prints a table and writes a JSON file.
+
+    Returns:
+        The path of the JSON file: `eval.results_path`, or ppl_eval.json in the run directory.
+    """
+    tokenizer = get_tokenizer(config)
+    model = load_model(config, tokenizer)
+    _, loader = get_dataloaders(
+        config,
+        tokenizer,
+        rank=trainer.global_rank,
+        world_size=trainer.world_size,
+        skip_train=True,
+    )
+    L.seed_everything(config.seed, verbose=False)
+    (metrics,) = trainer.validate(model, loader, verbose=False)
+    results: dict[str, Any] = {k: metrics[k] for k in ("val/nll", "val/ppl", "val/bpd")}
+    results["num_tokens"] = int(metrics["val/tokens"])
+    results["num_rows"] = int(metrics["val/rows"])
+    results |= {k: v for k, v in metrics.items() if k.startswith("valid_var")}
+    results["data"] = config.data.valid
+    results["checkpoint"] = config.eval.checkpoint_path
+    results["config_hash"] = config_hash(config)
+    path = Path(config.eval.results_path or "ppl_eval.json").absolute()
+    if trainer.is_global_zero:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(results, indent=2) + "\n")
+        partial.replace(path)
+        print_table(f"Likelihood of {config.data.valid}", results)
+    return path
+
+
+def build_sampler(config: DictConfig, model: Diffusion, *, bos_index: int) -> Sampler:
+    """The sampler that `algo.sampler` and the keys under `sampling` ask for."""
+    nucleus_p = config.sampling.nucleus_p
+    if config.algo.sampler == "ar":
+        return AutoregressiveSampler(bos_index=bos_index, nucleus_p=nucleus_p)
+    if config.algo.sampler == "analytic":
+        return AnalyticSampler(
+            noise=model.noise,
+            num_steps=config.algo.T,
+            bos_index=bos_index if config.algo.ignore_bos else None,
+            mask_index=model.mask_index,
+            nucleus_p=nucleus_p,
+        )
+    is_block = config.algo.cross_attn
+    return SemiAutoregressiveSampler(
+        block_size=config.block_size,
+        bos_index=bos_index,
+        mask_index=model.mask_index,
+        pattern=AttentionPattern.BLOCK_CAUSAL if is_block else AttentionPattern.FULL,
+        nucleus_p=nucleus_p,
+        num_steps=None if config.sampling.first_hitting else config.algo.T,
+    )
+
+
+@torch.no_grad()
+def sample_eval(config: DictConfig) -> Path:
+    """Draw `sampling.num_sample_batches` batches, print them and write one CSV row per sample.
+
+    Returns:
+        The path of the CSV file in `sampling.logdir`.
+    """
+    tokenizer = get_tokenizer(config)
+    device = resolve_device(config.trainer.accelerator)
+    model = load_model(config, tokenizer).to(device)
+    sampler = build_sampler(config, model, bos_index=tokenizer.bos_token_id)
+    is_bf16 = lightning_precision(config.trainer.precision).startswith("bf16")
+    rows = []
+    for batch in track(range(config.sampling.num_sample_batches), description="Sampling"):
+        generator = torch.Generator(device)
+        generator.manual_seed(derive_seed(config.seed, SAMPLE_STREAM, batch))
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_bf16):
+            output = sampler.sample(
+                model.denoiser,
+                batch_size=config.loader.eval_batch_size,
+                length=config.model.length,
+                device=device,
+                generator=generator,
+            )
+        texts = tokenizer.batch_decode(output.tokens)
+        for text, tokens, nfe in zip(texts, output.tokens, output.num_forward_passes, strict=True):
+            Console().print(Panel(text, title=f"sample {len(rows) + 1}"), markup=False)
+            rows.append(
+                {
+                    "gen_nfes": int(nfe),
+                    "gen_entropy": token_entropy(tokens),
+                    "gen_lengths": len(tokens),
+                    "samples": text,
+                    "seed": config.seed,
+                }
+            )
+    return _append_samples(Path(config.sampling.logdir).absolute(), rows)
+
+
+def _append_samples(logdir: Path, rows: list[dict[str, Any]]) -> Path:
+    logdir.mkdir(parents=True, exist_ok=True)
+    path = logdir / "samples.csv"
+    is_new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, SAMPLE_COLUMNS)
+        if is_new:
+            writer.writeheader()
+        writer.writerows(rows)
+    logger.info("%d samples are in %s", len(rows), path)
+    return path

@@ -1,0 +1,152 @@
+"""Train, evaluate or sample: `python main.py mode=train|ppl_eval|sample_eval [key=value ...]`."""
+
+import os
+import sys
+from pathlib import Path
+
+import hydra
+import lightning as L
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from omegaconf import DictConfig, OmegaConf
+
+from configuration import ignored_key_warnings, register_resolvers, validate, world_size
+from dataloader import get_dataloaders, get_tokenizer
+from diffusion import Diffusion
+from evaluation import ppl_eval, sample_eval
+from report import draw_training_curve
+from training.callbacks import EMACallback
+from training.checkpointing import load_weights, read_weights
+from utils import absolute_path, file_exists, get_logger, lightning_precision
+
+logger = get_logger(__name__)
+register_resolvers()
+
+# A run changes into its own directory. These keys are read as seen from where it was started:
+PATH_KEYS = (
+    "data.path",
+    "data.train_path",
+    "data.valid_path",
+    "data.cache_dir",
+    "eval.results_path",
+    "checkpointing.save_dir",
+    "checkpointing.resume_ckpt_path",
+)
+# These may also be the name of something on the Hub, and are paths where such a path exists.
+PATH_OR_NAME_KEYS = (
+    "data.tokenizer_name_or_path",
+    "eval.checkpoint_path",
+    "eval.gen_ppl_eval_model_name_or_path",
+    "training.from_pretrained",
+)
+
+
+def make_paths_absolute(config: DictConfig, *, launch_dir: str) -> None:
+    """Rewrite relative paths in place, as seen from the directory of the command."""
+    for key in PATH_KEYS + PATH_OR_NAME_KEYS:
+        value = OmegaConf.select(config, key)
+        if not isinstance(value, str) or not value:
+            continue
+        path = absolute_path(value, base=launch_dir)
+        if key in PATH_KEYS or file_exists(path):
+            OmegaConf.update(config, key, path)
+
+
+def build_loggers(config: DictConfig) -> list[Logger]:
+    """A CSV file always; Weights & Biases unless `wandb=null`."""
+    loggers: list[Logger] = [CSVLogger(os.getcwd(), name="metrics")]
+    if config.wandb is not None:
+        loggers.append(WandbLogger(**wandb_arguments(config)))
+    return loggers
+
+
+def wandb_arguments(config: DictConfig) -> dict:
+    """The section `wandb` and the configuration; offline where no API key is known."""
+    import wandb
+
+    arguments = OmegaConf.to_container(config.wandb, resolve=True)
+    arguments["config"] = OmegaConf.to_container(config, resolve=True)
+    is_decided = "offline" in arguments or "WANDB_MODE" in os.environ
+    if not is_decided and not wandb.Api.api_key:
+        logger.warning("wandb: no API key, logging offline (`wandb login`, or wandb=null for none)")
+        arguments["offline"] = True
+    return arguments
+
+
+def build_trainer(config: DictConfig, *, is_training: bool) -> L.Trainer:
+    """The Lightning trainer of `trainer`, `strategy` and `callbacks`."""
+    callbacks: list[L.Callback] = [RichProgressBar()]
+    loggers: list[Logger] = []
+    if is_training:
+        callbacks += [hydra.utils.instantiate(c) for c in config.callbacks.values()]
+        if config.training.ema > 0:
+            callbacks.append(EMACallback(config.training.ema))
+        loggers = build_loggers(config)
+    is_parallel = world_size(config.trainer) > 1
+    return hydra.utils.instantiate(
+        config.trainer,
+        default_root_dir=os.getcwd(),
+        callbacks=callbacks,
+        logger=loggers,
+        precision=lightning_precision(config.trainer.precision),
+        strategy=hydra.utils.instantiate(config.strategy) if is_parallel else "auto",
+        use_distributed_sampler=False,  # the data loaders know their rank
+    )
+
+
+def train(config: DictConfig) -> None:
+    """Train, resuming from `checkpointing.resume_ckpt_path` where that exists."""
+    L.seed_everything(config.seed, verbose=False)
+    tokenizer = get_tokenizer(config)
+    model = Diffusion(config, tokenizer)
+    if config.training.from_pretrained is not None:
+        weights = read_weights(config.training.from_pretrained)
+        load_weights(model, weights.without_clipped_range(), use_ema=False)
+    trainer = build_trainer(config, is_training=True)
+    train_loader, valid_loader = get_dataloaders(
+        config, tokenizer, rank=trainer.global_rank, world_size=trainer.world_size
+    )
+    resume = config.checkpointing.resume_ckpt_path
+    if not config.checkpointing.resume_from_ckpt or not file_exists(resume):
+        resume = None
+    trainer.fit(model, train_loader, valid_loader, ckpt_path=resume, weights_only=True)
+    if trainer.is_global_zero:
+        curve = Path("training_curve.png").absolute()
+        draw_training_curve(
+            Path(trainer.logger.log_dir) / "metrics.csv",
+            curve,
+            title=f"{config.algo.name} on {config.data.train}, block size {config.block_size}",
+        )
+        logger.info("Training curve: %s", curve)
+
+
+def run(config: DictConfig) -> None:
+    """Validate, then carry out `mode` and the modes of `then`."""
+    validate(config)
+    for warning in ignored_key_warnings(config):
+        logger.warning(warning)
+    make_paths_absolute(config, launch_dir=hydra.utils.get_original_cwd())
+    for mode in (config.mode, *config.then):
+        if mode == "train":
+            train(config)
+        elif mode == "ppl_eval":
+            ppl_eval(config, build_trainer(config, is_training=False))
+        else:
+            sample_eval(config)
+    logger.info("Everything is in %s", os.getcwd())
+
+
+@hydra.main(version_base=None, config_path="configs", config_name="config")
+def main(config: DictConfig) -> None:
+    try:
+        run(config)
+    except (ValueError, OSError) as error:
+        # What the user can mend is said in one line; HYDRA_FULL_ERROR=1 shows the rest.
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        logger.error("%s", error)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Small things that several modules need: logging, seeds, files, the cosine schedule, precision."""
+
+import logging
+import math
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+
+class _RankZeroFilter(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return rank_zero_only.rank == 0
+
+
+def get_logger(name: str) -> logging.Logger:
+    """A logger that speaks on the first process only."""
+    logger = logging.getLogger(name)
+    if not any(isinstance(f, _RankZeroFilter) for f in logger.filters):
+        logger.addFilter(_RankZeroFilter())
+    return logger
+
+
+def derive_seed(*parts: int) -> int:
+    """An independent 63-bit seed for each tuple of integers, such as (seed, rank, step)."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
+
+
+def file_exists(path: str) -> bool:
+    """Whether a file or directory exists, at any place fsspec reaches."""
+    fs, name = fsspec.core.url_to_fs(path)
+    return fs.exists(name)
+
+
+def absolute_path(path: str, *, base: str) -> str:
+    """`path` as seen from `base`; URLs (s3://...) and absolute paths stay as they are."""
+    if "://" in path:
+        return path
+    return str((Path(base) / Path(path).expanduser()).absolute())
+
+
+def resolve_device(accelerator: str) -> torch.device:
+    """The device of a single process for `trainer.accelerator`."""
+    if accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def lightning_precision(precision: str | int) -> str:
+    """Lightning's name of a precision; the original's configs say `bf16` for mixed bf16."""
+    names = {"bf16": "bf16-mixed", "16": "16-mixed", "32": "32-true", "64": "64-true"}
+    return names.get(str(precision), str(precision))
+
+
+def cosine_decay_with_warmup(
+    optimizer: Optimizer,
+    *,
+    t_initial: int,
+    warmup_t: int,
+    warmup_lr_init: float,
+    lr_min: float,
+    warmup_prefix: bool = True,
+) -> LambdaLR:
+    """Linear warm-up from warmup_lr_init, then half a cosine down to lr_min, which stays.
+
+    Args:
+        optimizer: its learning rates are the peak.
+        t_initial: length of the cosine in steps.
+        warmup_t: length of the warm-up in steps.
+        warmup_lr_init: learning rate at step 0.
+        lr_min: learning rate after the cosine.
+        warmup_prefix: the cosine starts after the warm-up; otherwise it counts from step 0.
+    """
+
+    def schedule(peak: float):
+        def factor(step: int) -> float:
+            if step < warmup_t:
+                return (warmup_lr_init + (peak - warmup_lr_init) * step / warmup_t) / peak
+            done = min((step - warmup_t * warmup_prefix) / t_initial, 1.0)
+            return (lr_min + (peak - lr_min) * 0.5 * (1 + math.cos(math.pi * done))) / peak
+
+        return factor
+
+    return LambdaLR(optimizer, [schedule(group["lr"]) for group in optimizer.param_groups])
