@@ -40,9 +40,7 @@ def ema_rows(path: Path) -> Iterator[Row]:
     """The shadow after each update."""
     golden = load_golden(path)
     starts = [name for name in golden.tensors if name.endswith(".init")]
-    parameters = [
-        torch.nn.Parameter(golden[f"p{i}.init"].clone()) for i in range(len(starts))
-    ]
+    parameters = [torch.nn.Parameter(golden[f"p{i}.init"].clone()) for i in range(len(starts))]
     ema = ExponentialMovingAverage(parameters, decay=golden.meta["decay"])
     differences = []
     for step in range(golden.meta["steps"]):
@@ -63,8 +61,10 @@ def clip_rows(path: Path) -> Iterator[Row]:
     found = candidate_intervals(
         block_size=4, widths=meta["clip_search_widths"], delta=meta["clip_search_delta"]
     )
-    unequal = len(found) if len(found) != len(expected) else sum(
-        a != b for a, b in zip(found, expected, strict=True)
+    unequal = (
+        len(found)
+        if len(found) != len(expected)
+        else sum(a != b for a, b in zip(found, expected, strict=True))
     )
     yield Row(path.name, f"candidates ({len(expected)})", float(unequal), 0.0)
 

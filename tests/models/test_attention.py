@@ -1,0 +1,121 @@
+"""`attend` on both backends against a softmax with every score in memory."""
+
+import pytest
+import torch
+
+from models.attention import attend, resolve_backend
+from models.masks import AttentionPattern
+from tests.references import brute_force_mask, naive_attention, random_qkv
+
+P = AttentionPattern
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+# (pattern, q_len, kv_len, L)
+CASES = [
+    (P.FULL, 12, 12, 4),
+    (P.FULL, 3, 12, 4),
+    (P.CAUSAL, 12, 12, 12),
+    (P.CAUSAL, 1, 12, 12),
+    (P.CAUSAL, 5, 12, 12),
+    (P.BLOCK_CAUSAL, 12, 12, 1),
+    (P.BLOCK_CAUSAL, 12, 12, 4),
+    (P.BLOCK_CAUSAL, 12, 12, 12),
+    (P.BLOCK_CAUSAL, 4, 12, 4),
+    (P.BLOCK_CAUSAL, 8, 16, 4),
+    (P.BLOCK_DIFFUSION, 24, 24, 1),
+    (P.BLOCK_DIFFUSION, 24, 24, 4),
+    (P.BLOCK_DIFFUSION, 24, 24, 12),
+    (P.BLOCK_DIFFUSION, 260, 260, 10),
+]
+# Every shape is compiled on its own, for seconds each.
+FLEX_CASES = [(P.BLOCK_DIFFUSION, 260, 260, 10), (P.BLOCK_CAUSAL, 8, 16, 4)]
+SLOW_FLEX_CASES = [case for case in CASES if case not in FLEX_CASES]
+SLOW_FLEX_CASES += [
+    (pattern, copies * n, copies * n, size)
+    for pattern, copies in ((P.BLOCK_CAUSAL, 1), (P.BLOCK_DIFFUSION, 2))
+    for n, size in ((130, 1), (130, 130), (192, 16), (256, 4))
+]
+
+
+def assert_equals_naive(case, backend: str) -> None:
+    pattern, q_len, kv_len, block_size = case
+    q, k, v = random_qkv(q_len=q_len, kv_len=kv_len)
+    found = attend(q, k, v, pattern=pattern, block_size=block_size, backend=backend)
+    mask = brute_force_mask(pattern, q_len=q_len, kv_len=kv_len, block_size=block_size)
+    expected = naive_attention(q, k, v, mask=mask)
+    assert found.dtype == q.dtype
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-6)
+
+
+@pytest.fixture
+def fresh_compiler():
+    """The compiler gives up on a function after eight shapes, whichever tests they came from."""
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_sdpa_equals_naive(case):
+    assert_equals_naive(case, "sdpa")
+
+
+@pytest.mark.parametrize("case", FLEX_CASES, ids=str)
+@torch.no_grad()
+def test_flex_equals_naive(case, fresh_compiler):
+    assert_equals_naive(case, "flex")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SLOW_FLEX_CASES, ids=str)
+@torch.no_grad()
+def test_flex_equals_naive_everywhere(case, fresh_compiler):
+    assert_equals_naive(case, "flex")
+
+
+def test_attention_of_another_pattern_differs():
+    """The comparison above could tell a wrong mask from a right one."""
+    q, k, v = random_qkv(q_len=24, kv_len=24)
+    mask = brute_force_mask(P.BLOCK_DIFFUSION, q_len=24, kv_len=24, block_size=4)
+    expected = naive_attention(q, k, v, mask=mask)
+    for pattern, block_size in ((P.BLOCK_DIFFUSION, 6), (P.BLOCK_CAUSAL, 4), (P.FULL, 4)):
+        found = attend(q, k, v, pattern=pattern, block_size=block_size, backend="sdpa")
+        assert (found - expected).abs().max() > 0.1
+
+
+def test_gradients_equal_naive():
+    sizes = {"q_len": 24, "kv_len": 24}
+    inputs = [x.requires_grad_() for x in random_qkv(**sizes)]
+    twins = [x.detach().clone().requires_grad_() for x in inputs]
+    weight = random_qkv(**sizes, seed=1)[0]
+    out = attend(*inputs, pattern=P.BLOCK_DIFFUSION, block_size=4, backend="sdpa")
+    (out * weight).sum().backward()
+    mask = brute_force_mask(P.BLOCK_DIFFUSION, **sizes, block_size=4)
+    (naive_attention(*twins, mask=mask) * weight).sum().backward()
+    for found, expected in zip(inputs, twins, strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=0, atol=1e-5)
+
+
+def test_flex_refuses_to_train_on_the_cpu():
+    """FlexAttention has no backward pass there; the message names the key and the way out."""
+    q, k, v = random_qkv(q_len=8, kv_len=8)
+    with pytest.raises(ValueError, match="model.attn_backend=flex.*CPU.*auto or sdpa"):
+        attend(q.requires_grad_(), k, v, pattern=P.FULL, block_size=4, backend="flex")
+
+
+def test_unknown_backend_lists_the_known():
+    q, k, v = random_qkv(q_len=8, kv_len=8)
+    with pytest.raises(ValueError, match="attn_backend=xformers: .* auto, flash_attn, flex, sdpa"):
+        attend(q, k, v, pattern=P.FULL, block_size=4, backend="xformers")
+
+
+@pytest.mark.parametrize("backend", ["auto", "flash_attn"])
+def test_default_backends_choose_by_device_and_pattern(backend):
+    """The original's default, bd3lm with flash_attn, crashed: its kernels know no such mask."""
+    for pattern in P:
+        assert resolve_backend(backend, pattern=pattern, device=CPU) == "sdpa"
+        on_gpu = "flex" if pattern is P.BLOCK_DIFFUSION else "sdpa"
+        assert resolve_backend(backend, pattern=pattern, device=CUDA) == on_gpu
+
+
+@pytest.mark.parametrize("backend", ["flex", "sdpa"])
+def test_a_named_backend_is_kept(backend):
+    for pattern in P:
+        assert resolve_backend(backend, pattern=pattern, device=CPU) == backend
