@@ -415,17 +415,23 @@ def _global_batch(config: DictConfig) -> Problems:
     """An optimizer step takes the global batch exactly."""
     loader, trainer = config["loader"], config["trainer"]
     devices = devices_per_node(trainer["devices"], trainer["accelerator"])
-    at_once = loader["batch_size"] * devices * trainer["num_nodes"]
+    world = devices * trainer["num_nodes"]
+    at_once = loader["batch_size"] * world
     wanted, accumulate = loader["global_batch_size"], trainer["accumulate_grad_batches"]
     if config["mode"] == "train" and at_once * accumulate != wanted:
-        near = sorted({max(1, wanted // at_once) * at_once, div_up(wanted, at_once) * at_once})
+        if wanted % at_once == 0:
+            remedy = f"trainer.accumulate_grad_batches={wanted // at_once}"
+        else:
+            near = {max(1, wanted // at_once) * at_once, div_up(wanted, at_once) * at_once}
+            remedy = f"loader.global_batch_size={' or '.join(map(str, sorted(near)))}"
+            if wanted % world == 0:
+                remedy += f" or a loader.batch_size that divides {wanted // world}"
         yield (
             "loader.global_batch_size",
             f"loader.batch_size={loader['batch_size']} x {devices} devices x "
             f"trainer.num_nodes={trainer['num_nodes']} x "
-            f"trainer.accumulate_grad_batches={accumulate} = {at_once * accumulate}; allowed are "
-            f"multiples of {at_once} with the accumulation that follows; nearest: "
-            f"{', '.join(map(str, near))}",
+            f"trainer.accumulate_grad_batches={accumulate} = {at_once * accumulate} rows; "
+            f"allowed and near is {remedy}",
         )
 
 

@@ -1,0 +1,52 @@
+"""Fixtures that every test file may use."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from omegaconf import DictConfig
+
+import configuration
+
+PROJECT = Path(__file__).resolve().parents[1]
+SHARED = PROJECT.parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def project() -> Path:
+    """The project's root."""
+    return PROJECT
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of reference data beside the project; tests that need it skip without it."""
+    if not SHARED.is_dir():
+        pytest.skip("needs ../shared: the reference data is not part of the project")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def compose() -> Callable[..., DictConfig]:
+    """Composes the real configuration: `compose(["algo=ar", "block_size=4"])`."""
+    configuration.register_resolvers()
+
+    def compose_overrides(overrides: list[str] | None = None) -> DictConfig:
+        with initialize_config_dir(str(PROJECT / "configs"), version_base=None):
+            return hydra_compose("config", overrides or [])
+
+    return compose_overrides
+
+
+@pytest.fixture
+def fake_gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Makes this machine appear to have a number of GPUs: `fake_gpus(8)`, `fake_gpus(0)`."""
+
+    def set_count(count: int) -> None:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+
+    return set_count

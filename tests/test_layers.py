@@ -1,0 +1,83 @@
+"""The architecture's arrows: an import may only point to a lower layer."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+LEVELS = {
+    "main": 6,
+    "evaluation": 5,
+    "diffusion": 4,
+    "dataloader": 3,
+    "sampling": 3,
+    "clipped_schedule": 3,
+    "training": 2,
+    "objectives": 2,
+    "forward_process": 2,
+    "configuration": 1,
+    "corpora": 1,
+    "models": 1,
+    "utils": 1,
+    "metrics": 1,
+    "noise_schedule": 1,
+    "report": 1,
+}
+
+# What must stay usable without these packages.
+FORBIDDEN = {
+    "sampling": {"lightning", "hydra", "omegaconf"},
+    "objectives": {"lightning", "hydra", "omegaconf"},
+    "models": {"lightning", "hydra", "omegaconf"},
+    "configuration": {"lightning", "hydra"},
+}
+
+ROOT = Path(__file__).resolve().parents[1]
+# Folders of the root that are no part of the program.
+OUTSIDE = {"tests", "benchmarks", "ssd-lm", "scripts", "configs", "outputs"}
+
+
+def units() -> dict[str, list[Path]]:
+    """Returns the files of each module and package of the root."""
+    found = {path.stem: [path] for path in ROOT.glob("*.py")}
+    for folder in ROOT.iterdir():
+        if folder.is_dir() and not folder.name.startswith(".") and folder.name not in OUTSIDE:
+            files = sorted(folder.rglob("*.py"))
+            if files:
+                found[folder.name] = files
+    return found
+
+
+def imported(path: Path) -> set[str]:
+    """Returns the top-level names that a file imports absolutely, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(), filename=str(path))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+UNITS = units()
+
+
+def test_every_unit_has_a_level():
+    """A new module or package takes its place in the table, and hides no library."""
+    assert set(UNITS) <= set(LEVELS)
+    assert "datasets" not in UNITS
+
+
+@pytest.mark.parametrize("unit", sorted(UNITS))
+def test_imports_point_down(unit):
+    """Inside a package anything goes; between units only a lower level may be imported."""
+    for path in UNITS[unit]:
+        for name in (imported(path) & set(LEVELS)) - {unit}:
+            assert LEVELS[name] < LEVELS[unit], f"{path.relative_to(ROOT)} imports {name}"
+
+
+@pytest.mark.parametrize("unit", sorted(FORBIDDEN))
+def test_frameworks_stay_out(unit):
+    """The mathematics knows neither Lightning nor Hydra; the configuration knows no Lightning."""
+    for path in UNITS.get(unit, []):
+        assert not imported(path) & FORBIDDEN[unit], path.relative_to(ROOT)
