@@ -15,6 +15,7 @@ from rich.table import Table
 from tests.parity.arithmetic import clip_rows, ema_rows, noise_rows
 from tests.parity.network import backbone_rows, loss_rows
 from tests.parity.rows import Row
+from tests.parity.text import data_rows, detokenizer_rows
 
 # In the order of the table. A pattern without a function is for parts that do not exist yet.
 CHECKS: dict[str, Callable[[Path], Iterable[Row]] | None] = {
@@ -23,8 +24,8 @@ CHECKS: dict[str, Callable[[Path], Iterable[Row]] | None] = {
     "clip_search.safetensors": clip_rows,
     "backbone_*.safetensors": backbone_rows,
     "loss_*.safetensors": loss_rows,
-    "data.json": None,
-    "detokenizers.json": None,
+    "data.json": data_rows,
+    "detokenizers.json": detokenizer_rows,
     "gen_ppl.json": None,
     "tiny-gpt2": None,
     "hub/*": None,
