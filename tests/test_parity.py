@@ -131,7 +131,8 @@ def spoil(source: Path, copy: Path, key: str) -> None:
         metadata = {"meta": json.dumps(meta)}
     else:
         tensor = tensors[key].flatten()
-        tensor[-1] = tensor[-1] * 1.001 + 0.001 if tensor.is_floating_point() else tensor[-1] + 1
+        place = tensor.argmax()  # the last entry may stand for minus infinity
+        tensor[place] += 0.01 if tensor.is_floating_point() else 1
         tensors[key] = tensor.view_as(tensors[key])
     save_file(tensors, copy, metadata=metadata)
 
@@ -167,6 +168,13 @@ def test_exit_status(golden, tmp_path, capsys):
     spoil(source, tmp_path / source.name, "log.move_chance")
     assert main([str(tmp_path)]) == 1
     assert "11 ok, 1 NOT OK" in capsys.readouterr().out
+
+
+def test_a_broken_file_fails_and_hides_no_other(golden, tmp_path, capsys):
+    shutil.copy(golden / "ema.safetensors", tmp_path)
+    (tmp_path / "clip_search.safetensors").write_bytes(b"torn")
+    assert main([str(tmp_path)]) == 1
+    assert "1 ok, 1 NOT OK" in capsys.readouterr().out
 
 
 def test_a_folder_without_golden_files_is_no_success(tmp_path):

@@ -6,10 +6,12 @@ checked. The exit status is 1 if any comparison fails, and 2 if there was nothin
 
 import argparse
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from tests.parity.arithmetic import clip_rows, ema_rows, noise_rows
@@ -39,10 +41,14 @@ def folder_rows(folder: Path) -> Iterator[Row]:
     """The rows of every file that is there, known kinds only."""
     for pattern, check in CHECKS.items():
         for path in sorted(folder.glob(pattern)):
+            name = str(path.relative_to(folder))
             if check is None:
-                yield Row(str(path.relative_to(folder)), "", None, None)
-            else:
+                yield Row(name, "", None, None)
+                continue
+            try:
                 yield from check(path)
+            except Exception as error:  # a file that cannot be checked must not hide the others
+                yield Row(name, f"{type(error).__name__}: {error}"[:80], math.inf, 0.0)
 
 
 def table_of(rows: Iterable[Row]) -> Table:
@@ -54,7 +60,7 @@ def table_of(rows: Iterable[Row]) -> Table:
         lines = list(group)
         table.add_row(
             file,
-            "\n".join(row.compared for row in lines),
+            "\n".join(escape(row.compared) for row in lines),
             "\n".join("" if row.difference is None else f"{row.difference:.1e}" for row in lines),
             "\n".join("" if row.tolerance is None else f"{row.tolerance:.0e}" for row in lines),
             "\n".join(f"[{STYLES[row.status]}]{row.status}[/]" for row in lines),

@@ -11,8 +11,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from corpora import detokenizers
+from corpora.local_files import find_files, read_documents
 from corpora.packing import DOCUMENTS_PER_BATCH, RowMaker
-from corpora.registry import Request, get_spec
+from corpora.registry import get_spec
 from corpora.tokenization import load_tokenizer
 from tests.parity.rows import Row
 
@@ -44,9 +45,9 @@ def detokenizer_rows(path: Path) -> Iterator[Row]:
 def first_documents(file: Path, *, dataset: str, count: int) -> list[str]:
     """The first documents of a local copy, read as the framework reads it."""
     spec = get_spec(dataset, key="data.valid")
-    request = Request(split=spec.validation_split, path=str(file), is_path_of_split=True)
-    documents = itertools.islice(spec.load(spec, request), count)
-    return [document[spec.text_column] for document in documents]
+    files = find_files(str(file), key="data.path", default_format="text")
+    documents = read_documents(files, document=spec.txt_document, text_column=spec.text_column)
+    return [document[spec.text_column] for document in itertools.islice(documents, count)]
 
 
 @functools.cache
