@@ -1,0 +1,294 @@
+"""Documents -> tokens -> packed rows -> DataLoader.
+
+Rows are prepared once and kept in a cache (`corpora.row_cache`), or made while training with
+`data.streaming=true`. A batch is {input_ids (B, N) int64, attention_mask (B, N) int64}.
+"""
+
+import dataclasses
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import hydra.utils
+import rich.console
+import rich.progress
+import torch
+from omegaconf import DictConfig
+from torchdata.stateful_dataloader import StatefulDataLoader
+from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
+from transformers import PreTrainedTokenizerBase
+
+from corpora import row_cache, sources, tokenization
+from corpora.local_files import DOCUMENT_MODES
+from corpora.packing import DOCUMENTS_PER_BATCH, RowMaker, Rows, map_in_order
+from corpora.registry import DatasetSpec, get_spec
+from corpora.row_datasets import PackedRows, StreamedRows, share
+from corpora.sources import Request
+
+logger = logging.getLogger(__name__)
+
+# A BPE is trained on this much text at most: more changes its merges little and takes long.
+_BPE_CHARACTERS = 100_000_000
+
+
+def get_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase:
+    """Returns the tokenizer of `data.tokenizer_name_or_path`.
+
+    `bpe-<size>` is trained on the documents of `data.train` the first time and kept in the
+    cache, so that an evaluation of the same data set gets the identical one.
+    """
+    name = config.data.tokenizer_name_or_path
+    vocab_size = tokenization.bpe_size(name)
+    if vocab_size is None:
+        folder = _absolute(name)
+        return tokenization.load_tokenizer(folder if os.path.isdir(folder) else name)
+    spec, request = _request(config, "train")
+    key = {
+        "tokenizer": name,
+        "characters": _BPE_CHARACTERS,
+        "dataset": config.data.train,
+        "documents": sources.describe(request),
+    }
+    cache_dir = os.path.join(_absolute(config.data.cache_dir), "tokenizers")
+    folder = row_cache.entry_path(cache_dir, f"{name}-{config.data.train}", key)
+    if not folder.exists():
+        with row_cache.locked(folder):
+            if not folder.exists():  # nobody built it while this process waited
+                tokenizer = tokenization.train_bpe(_texts(spec, request), vocab_size=vocab_size)
+                with row_cache.new_directory(folder) as temporary:
+                    tokenizer.save_pretrained(temporary)
+                logger.info("Trained %s on %s: %s", name, config.data.train, folder)
+    return tokenization.load_tokenizer(str(folder))
+
+
+def _texts(spec: DatasetSpec, request: Request) -> Iterator[str]:
+    """Yields the documents that a BPE is trained on."""
+    num_characters = 0
+    for batch in sources.in_batches(spec.load(request), request, DOCUMENTS_PER_BATCH):
+        for text in batch:
+            if num_characters > _BPE_CHARACTERS:
+                return
+            num_characters += len(text)
+            yield spec.detokenize(text) if spec.detokenize else text
+
+
+def get_dataloaders(
+    config: DictConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    skip_train: bool = False,
+    skip_valid: bool = False,
+) -> tuple[StatefulDataLoader | None, StatefulDataLoader | None]:
+    """Returns the training and the validation loader of this rank.
+
+    Batches are {input_ids (B, N) int64, attention_mask (B, N) int64}. Training rows are
+    shuffled by `seed` and the epoch, and incomplete batches are dropped. Validation rows come
+    in order, each on exactly one rank, the last batch as large as it turns out.
+
+    Raises:
+        ValueError, FileNotFoundError: the configuration or the data is unusable; the message
+            names the key, its value and what is allowed.
+        OSError: the cache cannot be written.
+    """
+    if not (skip_train or skip_valid):
+        _check_different_files(config)
+    place = {"rank": rank, "world_size": world_size}
+    train = None if skip_train else _train_loader(config, tokenizer, **place)
+    valid = None if skip_valid else _valid_loader(config, tokenizer, **place)
+    return train, valid
+
+
+def _train_loader(
+    config: DictConfig, tokenizer: PreTrainedTokenizerBase, *, rank: int, world_size: int
+) -> StatefulDataLoader:
+    """Returns the training loader; see `get_dataloaders`."""
+    batch_size = config.loader.batch_size
+    spec, request = _request(config, "train")
+    crop_seed = [config.seed, rank] if spec.crops_train else None
+    if config.data.streaming:
+        documents = spec.load(request)
+        rows = StreamedRows(
+            share(documents, rank=rank, world_size=world_size),
+            _row_maker(config, tokenizer, "train"),
+            text_column=request.text_column,
+            shuffle_buffer=config.data.shuffle_buffer,
+            seed=config.seed,
+            # Ranks whose shares differ in size would wait for each other at the end of an epoch.
+            repeat=world_size > 1,
+            crop_seed=crop_seed,
+        )
+        return _loader(config, rows, batch_size, drop_last=True)
+    rows = PackedRows(_rows(config, tokenizer, "train"), crop_seed=crop_seed)
+    if len(rows) < batch_size * world_size:
+        raise ValueError(_too_few(config, "train", len(rows), batch_size, world_size))
+    sampler = StatefulDistributedSampler(
+        rows,
+        num_replicas=world_size,
+        rank=rank,
+        shuffle=True,
+        seed=config.seed,
+        drop_last=True,
+    )
+    return _loader(config, rows, batch_size, sampler=sampler, drop_last=True)
+
+
+def _valid_loader(
+    config: DictConfig, tokenizer: PreTrainedTokenizerBase, *, rank: int, world_size: int
+) -> StatefulDataLoader:
+    """Returns the validation loader; see `get_dataloaders`."""
+    batch_size = config.loader.eval_batch_size
+    rows = PackedRows(_rows(config, tokenizer, "valid"))
+    if len(rows) < batch_size * world_size:
+        raise ValueError(_too_few(config, "valid", len(rows), batch_size, world_size))
+    return _loader(config, rows, batch_size, sampler=range(rank, len(rows), world_size))
+
+
+def _loader(
+    config: DictConfig, rows: torch.utils.data.Dataset, batch_size: int, **how: Any
+) -> StatefulDataLoader:
+    num_workers = config.loader.num_workers
+    return StatefulDataLoader(
+        rows,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=config.loader.pin_memory and torch.cuda.is_available(),
+        **how,
+    )
+
+
+def _too_few(config: DictConfig, role: str, rows: int, batch_size: int, world_size: int) -> str:
+    key = "loader.batch_size" if role == "train" else "loader.eval_batch_size"
+    return (
+        f"{key}={batch_size} needs at least {batch_size * world_size} rows on {world_size} "
+        f"rank(s), but data.{role}={config.data[role]!r} has {rows} rows of model.length="
+        f"{config.model.length}; allowed: {key} <= {rows // world_size}, a shorter model.length, "
+        "or more text"
+    )
+
+
+def _rows(
+    config: DictConfig, tokenizer: PreTrainedTokenizerBase, role: str
+) -> row_cache.CachedRows:
+    """Opens the packed rows of a role, and prepares them where the cache has none."""
+    spec, request = _request(config, role)
+    row_maker = _row_maker(config, tokenizer, role)
+    name = config.data[role]
+    key = {
+        "dataset": name,
+        "documents": sources.describe(request),
+        "tokenizer": tokenization.fingerprint(tokenizer),
+        "length": row_maker.length,
+        "wrap": row_maker.wrap,
+        "insert_eos": row_maker.insert_eos,
+        "insert_special": row_maker.insert_special,
+    }
+
+    def build() -> Iterable[Rows]:
+        documents = spec.load(request)
+        batches = sources.in_batches(documents, request, DOCUMENTS_PER_BATCH)
+        return rich.progress.track(
+            map_in_order(row_maker, batches, num_proc=config.data.num_proc),
+            description=f"Tokenizing {name} {request.split}",
+            total=sources.num_batches(documents, DOCUMENTS_PER_BATCH),
+            console=rich.console.Console(stderr=True),
+        )
+
+    cache_dir = os.path.join(_absolute(config.data.cache_dir), "rows")
+    return row_cache.get_or_build(cache_dir, f"{name} {request.split}", key, build)
+
+
+def _row_maker(config: DictConfig, tokenizer: PreTrainedTokenizerBase, role: str) -> RowMaker:
+    """Returns what makes the rows of a role, `train` or `valid`."""
+    spec = get_spec(config.data[role], key=f"data.{role}")
+    if not config.data.wrap and not spec.has_documents:
+        raise ValueError(
+            f"data.wrap=false pads each document to a row of its own, but data.{role}="
+            f"{config.data[role]!r} is one running text; allowed: data.wrap=true"
+        )
+    # These keys exist in openwebtext-split.yaml and where the user adds them with a plus.
+    insert_special = config.data.get(f"insert_{role}_special", spec.has_documents)
+    if config.model.length < 3 and insert_special:
+        raise ValueError(
+            f"model.length={config.model.length} leaves no room between BOS and EOS; allowed: at "
+            f"least 3, or +data.insert_{role}_special=false"
+        )
+    return RowMaker(
+        tokenizer=tokenizer,
+        length=config.model.length * (2 if role == "train" and spec.crops_train else 1),
+        wrap=config.data.wrap,
+        insert_eos=config.data.get(f"insert_{role}_eos", spec.has_documents),
+        insert_special=insert_special,
+        detokenize=spec.detokenize,
+    )
+
+
+def _request(config: DictConfig, role: str) -> tuple[DatasetSpec, Request]:
+    """Returns the entry of a role's data set and what to read of it."""
+    data = config.data
+    spec = get_spec(data[role], key=f"data.{role}")
+    other_role = "valid" if role == "train" else "train"
+    other = get_spec(data[other_role], key=f"data.{other_role}")
+    own_path = data[f"{role}_path"]
+    if (spec.load, spec.hub) != (other.load, other.hub):
+        for key, is_used in (("path", own_path is None), ("revision", spec.hub is not None)):
+            if data[key] is not None and is_used:
+                raise ValueError(
+                    f"data.{key}={data[key]!r} does not say which set it belongs to, since "
+                    f"data.train={data.train!r} and data.valid={data.valid!r} differ; allowed: "
+                    "null, with data.train_path and data.valid_path for local copies"
+                )
+    path = own_path or data.path or spec.url
+    is_own_text = spec.txt_document is None
+    if is_own_text and path is None:
+        raise ValueError(
+            f"data.{role}_path=null: data={data[role]} needs the path of your text; allowed: a "
+            "file, a directory or a glob of .txt, .jsonl or .parquet, local or any fsspec URL"
+        )
+    if data.document not in DOCUMENT_MODES:
+        raise ValueError(
+            f"data.document={data.document!r} is unknown; allowed: {', '.join(DOCUMENT_MODES)}"
+        )
+    hub = spec.hub
+    if hub is not None and data.revision is not None:
+        hub = dataclasses.replace(hub, revision=data.revision)
+    return spec, Request(
+        split=spec.split(role),
+        text_column=data.text_column or spec.text_column,
+        document=spec.txt_document or data.document,
+        hub=hub,
+        path=None if path is None else _absolute(path),
+        path_key="data.path" if own_path is None else f"data.{role}_path",
+        is_path_of_split=own_path is not None,
+        is_own_text=is_own_text,
+        cache_dir=os.path.join(_absolute(data.cache_dir), "hub"),
+        streaming=data.streaming and role == "train",
+    )
+
+
+def _check_different_files(config: DictConfig) -> None:
+    """Rejects one local file that would silently serve as both training and validation set."""
+    spec, train = _request(config, "train")
+    _, valid = _request(config, "valid")
+    if (train.path_key, valid.path_key) != ("data.path", "data.path") or train.path is None:
+        return
+    # Without documents (text8), and with a slice (OpenWebText), one file is cut in two.
+    is_cut = not spec.has_documents or "[" in train.split + valid.split
+    if train.split == valid.split or is_cut:
+        return
+    if sources.describe(train)["files"] == sources.describe(valid)["files"]:
+        raise ValueError(
+            f"data.path={config.data.path!r} would be the training and the validation set at "
+            "once; allowed: a directory with files named train... and valid..., or one path each "
+            "in data.train_path and data.valid_path"
+        )
+
+
+def _absolute(path: str) -> str:
+    """Resolves a path against the directory the command was typed in; URLs stay as they are."""
+    if "://" in path:
+        return path
+    return os.path.normpath(hydra.utils.to_absolute_path(os.path.expanduser(path)))
