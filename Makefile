@@ -18,7 +18,7 @@ $(INSTALLED): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or later is needed: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
-	$(VENV_PYTHON) -m pip install --quiet --requirement requirements.txt
+	$(VENV_PYTHON) -m pip install --requirement requirements.txt
 	@touch $@
 
 test: venv  ## the default tests

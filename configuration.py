@@ -4,6 +4,7 @@
 loaded. Every rule raises a `ValueError` that names key, value and what is allowed.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -74,9 +75,14 @@ def devices_per_node(devices: int | str | Sequence[int], accelerator: str) -> in
     )
 
 
-def world_size(devices: int | str | Sequence[int], num_nodes: int, accelerator: str) -> int:
-    """Returns the number of processes of a run: devices per node x nodes."""
-    return devices_per_node(devices, accelerator) * num_nodes
+def world_size(trainer: DictConfig) -> int:
+    """Returns the number of processes of a run, from the section `trainer`."""
+    return devices_per_node(trainer["devices"], trainer["accelerator"]) * trainer["num_nodes"]
+
+
+def _world_size_of_run(*, _root_: DictConfig) -> int:
+    """The resolver `${world_size:}`; OmegaConf hands it the whole configuration as `_root_`."""
+    return world_size(_root_["trainer"])
 
 
 def register_resolvers() -> None:
@@ -89,7 +95,7 @@ def register_resolvers() -> None:
         "mul": mul,
         "num_cpus": num_cpus,
         "sub": sub,
-        "world_size": world_size,
+        "world_size": _world_size_of_run,
     }
     for name, function in resolvers.items():
         OmegaConf.register_new_resolver(name, function, replace=True)
@@ -212,6 +218,11 @@ def _value(config: DictConfig, key: str) -> Any:
     return node
 
 
+def _modes(config: DictConfig) -> set[str]:
+    """Returns every mode of the run."""
+    return {config["mode"], *config["then"]}
+
+
 def _lies_in(value: float, interval: str) -> bool:
     """Tells whether a number lies in an interval such as "(0, 1]"."""
     low, high = (float(bound) for bound in interval[1:-1].split(","))
@@ -235,6 +246,13 @@ def _choices(config: DictConfig) -> Problems:
     for key, allowed in _CHOICES.items():
         if _value(config, key) not in allowed:
             yield key, f"allowed are {', '.join(allowed)}"
+
+
+def _following_modes(config: DictConfig) -> Problems:
+    """The modes that follow the first one are modes too."""
+    modes = _CHOICES["mode"]
+    if not isinstance(config["then"], ListConfig) or not set(config["then"]) <= set(modes):
+        yield "then", f"allowed is a list of {', '.join(modes)}"
 
 
 def _devices(config: DictConfig) -> Problems:
@@ -304,12 +322,12 @@ def _blocks_need_bd3lm(config: DictConfig) -> Problems:
     """Only bd3lm models block by block; mdlm may also sample long texts in windows of a block."""
     name, cross_attn = config["algo"]["name"], config["algo"]["cross_attn"]
     by_blocks = name == "bd3lm" and cross_attn
-    in_windows = name == "mdlm" and config["mode"] == "sample_eval"
+    in_windows = name == "mdlm" and _modes(config) == {"sample_eval"}
     length = config["model"]["length"]
     if config["block_size"] < length and not by_blocks and not in_windows:
         yield (
             "block_size",
-            f"allowed with mode={config['mode']}, algo.name={name} and "
+            f"allowed with mode={'+'.join(sorted(_modes(config)))}, algo.name={name} and "
             f"algo.cross_attn={cross_attn} is model.length={length}; "
             "smaller blocks need algo=bd3lm",
         )
@@ -350,9 +368,9 @@ def _clipped_range(config: DictConfig) -> Problems:
 def _resampling(config: DictConfig) -> Problems:
     """Drawing again ends only if a block can realise some masked fraction inside the range."""
     low, high = config["training"]["sampling_eps_min"], config["training"]["sampling_eps_max"]
-    least = 0.0 if low == FULL_RANGE_LOW else low  # the full range's end is not checked
-    size = config["block_size"]
-    reachable = any(least <= count / size <= high for count in range(size + 1))
+    least = 0.0 if low == FULL_RANGE_LOW else low  # the full range's end does not bind
+    size, slack = config["block_size"], FULL_RANGE_LOW / 2  # the slack of ClipInterval.mask_counts
+    reachable = math.floor(high * size + slack) >= math.ceil(least * size - slack)
     if config["training"]["resample"] and not reachable:
         yield (
             "training.resample",
@@ -381,7 +399,7 @@ def _flex_needs_gpu_to_train(config: DictConfig) -> Problems:
     """FlexAttention computes no gradients on the CPU."""
     accelerator = config["trainer"]["accelerator"]
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
-    if config["mode"] == "train" and config["model"]["attn_backend"] == "flex" and on_cpu:
+    if "train" in _modes(config) and config["model"]["attn_backend"] == "flex" and on_cpu:
         yield (
             "model.attn_backend",
             f"FlexAttention has no CPU backward pass; allowed with mode=train and "
@@ -393,7 +411,7 @@ def _sampling_steps(config: DictConfig) -> Problems:
     """Samplers on a time grid need steps; first-hitting and ar count their own."""
     sampler, first_hitting = config["algo"]["sampler"], config["sampling"]["first_hitting"]
     on_grid = sampler == "analytic" or (sampler == "semi_ar" and not first_hitting)
-    if config["mode"] == "sample_eval" and on_grid and config["algo"]["T"] < 1:
+    if "sample_eval" in _modes(config) and on_grid and config["algo"]["T"] < 1:
         yield (
             "algo.T",
             f"allowed with algo.sampler={sampler} and sampling.first_hitting={first_hitting} is "
@@ -414,11 +432,10 @@ def _kv_cache(config: DictConfig) -> Problems:
 def _global_batch(config: DictConfig) -> Problems:
     """An optimizer step takes the global batch exactly."""
     loader, trainer = config["loader"], config["trainer"]
-    devices = devices_per_node(trainer["devices"], trainer["accelerator"])
-    world = devices * trainer["num_nodes"]
+    world = world_size(trainer)
     at_once = loader["batch_size"] * world
     wanted, accumulate = loader["global_batch_size"], trainer["accumulate_grad_batches"]
-    if config["mode"] == "train" and at_once * accumulate != wanted:
+    if "train" in _modes(config) and at_once * accumulate != wanted:
         if wanted % at_once == 0:
             remedy = f"trainer.accumulate_grad_batches={wanted // at_once}"
         else:
@@ -428,7 +445,7 @@ def _global_batch(config: DictConfig) -> Problems:
                 remedy += f" or a loader.batch_size that divides {wanted // world}"
         yield (
             "loader.global_batch_size",
-            f"loader.batch_size={loader['batch_size']} x {devices} devices x "
+            f"loader.batch_size={loader['batch_size']} x {world // trainer['num_nodes']} devices x "
             f"trainer.num_nodes={trainer['num_nodes']} x "
             f"trainer.accumulate_grad_batches={accumulate} = {at_once * accumulate} rows; "
             f"allowed and near is {remedy}",
@@ -438,6 +455,7 @@ def _global_batch(config: DictConfig) -> Problems:
 # In this order: what a rule reads has been checked by the ones before it.
 RULES: tuple[Callable[[DictConfig], Problems], ...] = (
     _choices,
+    _following_modes,
     _devices,
     _numbers,
     _flags,

@@ -13,6 +13,8 @@ LOCAL = ["data=local", "data.train_path=train.txt", "data.valid_path=valid.txt"]
 REFUSED = [
     # names
     (["mode=tran"], "mode=tran: allowed are train, ppl_eval, sample_eval"),
+    (["then=[ppl]"], "then=['ppl']: allowed is a list of train, ppl_eval, sample_eval"),
+    (["then=ppl_eval"], "then=ppl_eval: allowed is a list of train, ppl_eval, sample_eval"),
     (["algo.name=gpt"], "algo.name=gpt: allowed are ar, bd3lm, mdlm, sedd"),
     (["algo.parameterization=d3pm"], "algo.parameterization=d3pm: allowed are ar, subs, sedd"),
     (["algo.backbone=unet"], "algo.backbone=unet: allowed are dit, hf_dit"),
@@ -81,6 +83,7 @@ REFUSED = [
     (["algo.sampler=analytic"], "allowed with algo.name=bd3lm is semi_ar"),
     (["algo=ar", "block_size=4"], "block_size=4: allowed with mode=train, algo.name=ar"),
     (["algo=sedd", "block_size=4", "mode=sample_eval", "algo.T=9"], "is model.length=1024"),
+    (["algo=mdlm", "block_size=4", "then=[sample_eval]"], "allowed with mode=sample_eval+train"),
     (["algo=mdlm", "block_size=4"], "smaller blocks need algo=bd3lm"),
     (["algo.cross_attn=false", "algo.var_min=false", "block_size=4"], "algo.cross_attn=False"),
     (
@@ -164,6 +167,7 @@ ALLOWED = [
     ["algo=sedd", "algo.mdlm_loss_scale=true"],
     ["algo=ar", "sampling.kv_cache=true", "mode=sample_eval"],
     ["mode=sample_eval"],
+    ["then=[ppl_eval,sample_eval]"],
     ["mode=sample_eval", "sampling.first_hitting=false", "algo.T=64", "block_size=4"],
     ["mode=ppl_eval", "model.attn_backend=flex"],
     ["mode=ppl_eval", "loader.global_batch_size=100", "loader.batch_size=16"],
