@@ -70,12 +70,13 @@ class ClippedScheduleSearch(Metric):
         moments = torch.stack((torch.ones_like(losses).sum(), losses.sum(), losses.square().sum()))
         self.moments[:, self.intervals.index(interval), batch_idx] += moments
 
-    def compute(self) -> Tensor:
-        """The score of each candidate, (num_intervals,): the batches' mean variance."""
+    def compute(self) -> list[Tensor]:
+        """The score of each candidate, a scalar: the batches' mean variance."""
         count, total, squares = self.moments  # each (num_intervals, MAX_BATCHES)
         variance = (squares - total.square() / count.clamp(min=1)) / (count - 1).clamp(min=1)
-        return (variance.sum(dim=-1) / (count > 0).sum(dim=-1)).float()
+        scores = (variance.sum(dim=-1) / (count > 0).sum(dim=-1)).float()
+        return list(scores)  # torchmetrics would squeeze a tensor of one candidate
 
     def best(self) -> ClipInterval:
         """The candidate of the lowest score; the earlier one of equals."""
-        return self.intervals[int(self.compute().argmin())]
+        return self.intervals[int(torch.stack(self.compute()).argmin())]

@@ -48,10 +48,9 @@ def random_qkv(
     *, q_len: int, kv_len: int, heads: int = 2, dim: int = 16, device: str = "cpu", seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normal queries, keys and values for two rows."""
-    generator = torch.Generator().manual_seed(seed)
+    g = generator(seed)
     return tuple(
-        torch.randn(2, heads, n, dim, generator=generator).to(device)
-        for n in (q_len, kv_len, kv_len)
+        torch.randn(2, heads, n, dim, generator=g).to(device) for n in (q_len, kv_len, kv_len)
     )
 
 
@@ -65,18 +64,32 @@ def small_dit(*, seed: int = 0, **changes) -> DIT:
         "n_heads": 2, "dropout": 0.1, "attn_backend": "sdpa",
     }  # fmt: skip
     network = DIT(DITConfig(**(sizes | changes)))
-    generator = torch.Generator().manual_seed(seed)
+    g = generator(seed)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
+            noise = torch.randn(parameter.shape, generator=g)
             is_norm = "norm" in name
             parameter.copy_(1 + 0.1 * noise if is_norm else 0.2 * noise)
     return network.eval()
 
 
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def p_value(counts: torch.Tensor, expected: torch.Tensor) -> float:
+    """How likely so large a chi-square is by chance; 0 where something impossible was drawn."""
+    possible = expected > 0
+    if counts[~possible].any():
+        return 0.0
+    statistic = ((counts - expected)[possible].square() / expected[possible]).sum()
+    freedom = torch.tensor(max(int(possible.sum()) - 1, 1) / 2)
+    return torch.special.gammaincc(freedom, statistic.float() / 2).item()
+
+
 def random_tokens(*shape: int, vocab_size: int = 22, seed: int = 0) -> Tensor:
     """Token ids without the mask token, which is the last id of `small_dit`."""
-    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(vocab_size, shape, generator=generator(seed))
 
 
 def cache_for(network: DIT, *, batch_size: int, capacity: int, dtype=torch.float32) -> KVCache:

@@ -76,6 +76,7 @@ def clip_rows(path: Path) -> Iterator[Row]:
     unknown = float(len(set(names) ^ set(meta["logged"])))
     yield Row(path.name, "names logged", unknown, 0.0)
     logged = torch.tensor([meta["logged"].get(name, float("nan")) for name in names])
-    yield Row(path.name, "variances logged", relative(search.compute(), logged), FLOAT32_ROUNDING)
+    difference = relative(torch.stack(search.compute()), logged)
+    yield Row(path.name, "variances logged", difference, FLOAT32_ROUNDING)
     wrong = float(search.best() != ClipInterval(*meta["best"]))
     yield Row(path.name, "range chosen", wrong, 0.0)
