@@ -24,7 +24,7 @@ class AttentionPattern(enum.Enum):
 
 def block_diagonal(q: Tensor, k: Tensor, *, length: int, block_size: int) -> Tensor:
     """Same block and same half: a noisy block denoises itself, a clean block encodes itself."""
-    same_half = (q < length) == (k < length)
+    same_half = q // length == k // length  # not a comparison of booleans: Inductor fails on it
     return same_half & (q % length // block_size == k % length // block_size)
 
 
@@ -46,7 +46,7 @@ def may_attend(
     """Whether query index `q` may see key index `k` (paper section 3.1 and appendix B.6).
 
     Args:
-        q: integer query indices; for `BLOCK_DIFFUSION` indices below `length` are x_t, the rest x_0.
+        q: integer query indices; for `BLOCK_DIFFUSION` x_t is below `length`, x_0 from there on.
         k: integer key indices, broadcastable against `q`.
         pattern: the attention pattern.
         length: clean length N (used by `BLOCK_DIFFUSION` alone).

@@ -206,3 +206,14 @@ def test_every_parameter_gets_a_gradient():
     x = torch.cat((torch.full_like(x_0, MASK), x_0), dim=1)
     network(x, torch.ones(2), pattern=P.BLOCK_DIFFUSION).square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in network.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", list(P))
+@torch.no_grad()
+def test_compiled_equals_eager(pattern):
+    """Inductor failed on the three-part mask, where it compared two booleans for equality."""
+    torch._dynamo.reset()
+    network, tokens = small_dit(), random_tokens(2, 24)
+    found = torch.compile(network)(tokens, pattern=pattern)
+    torch.testing.assert_close(found, network(tokens, pattern=pattern), rtol=0, atol=1e-5)
