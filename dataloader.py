@@ -241,7 +241,7 @@ def _request(config: DictConfig, role: str) -> tuple[DatasetSpec, Request]:
                     f"data.train={data.train!r} and data.valid={data.valid!r} differ; allowed: "
                     "null, with data.train_path and data.valid_path for local copies"
                 )
-    path = own_path or data.path or spec.url
+    path = own_path or data.path
     is_own_text = spec.txt_document is None
     if is_own_text and path is None:
         raise ValueError(
@@ -260,6 +260,7 @@ def _request(config: DictConfig, role: str) -> tuple[DatasetSpec, Request]:
         text_column=data.text_column or spec.text_column,
         document=spec.txt_document or data.document,
         hub=hub,
+        url=spec.url,
         path=None if path is None else _absolute(path),
         path_key="data.path" if own_path is None else f"data.{role}_path",
         is_path_of_split=own_path is not None,

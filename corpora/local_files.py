@@ -219,26 +219,34 @@ def _jsonl_texts(file: TextFile, text_column: str) -> Iterator[str]:
 
 
 def _table_texts(file: TextFile, text_column: str) -> Iterator[str]:
-    with fsspec.open(file.url, "rb", compression=file.compression) as stream:
-        try:
-            table = (
-                pq.ParquetFile(stream) if file.format == "parquet" else pa.ipc.open_stream(stream)
-            )
-        except (ValueError, OSError) as error:  # pyarrow.ArrowInvalid is a ValueError
-            raise ValueError(f"{file.url}: not a {file.format} file: {error}") from error
-        columns = (table.schema_arrow if file.format == "parquet" else table.schema).names
-        if text_column not in columns:
-            raise ValueError(
-                f"{file.url}: no column data.text_column={text_column!r}; its columns: "
-                f"{', '.join(columns)}"
-            )
-        is_parquet = file.format == "parquet"
-        batches = table.iter_batches(columns=[text_column]) if is_parquet else table
-        row = 0
-        for batch in batches:
-            for text in batch.column(text_column).to_pylist():
-                row += 1
-                yield _checked(text, f"{file.url}, row {row}", text_column)
+    row = 0
+    for batch in _table_batches(file, text_column):
+        for text in batch.column(text_column).to_pylist():
+            row += 1
+            yield _checked(text, f"{file.url}, row {row}", text_column)
+
+
+def _table_batches(file: TextFile, text_column: str) -> Iterator[pa.RecordBatch]:
+    """Yields the tables of a .parquet or .arrow file that has the column."""
+    try:
+        with fsspec.open(file.url, "rb", compression=file.compression) as stream:
+            if file.format == "parquet":
+                table = pq.ParquetFile(stream)
+                _check_column(table.schema_arrow.names, file.url, text_column)
+                yield from table.iter_batches(columns=[text_column])
+            else:
+                table = pa.ipc.open_stream(stream)
+                _check_column(table.schema.names, file.url, text_column)
+                yield from table
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{file.url} is no readable {file.format} file: {error}") from error
+
+
+def _check_column(columns: list[str], url: str, text_column: str) -> None:
+    if text_column not in columns:
+        raise ValueError(
+            f"{url}: no column data.text_column={text_column!r}; its columns: {', '.join(columns)}"
+        )
 
 
 def _checked(text: Any, where: str, text_column: str) -> str:

@@ -19,6 +19,8 @@ from corpora.tokenization import encode, packing_ids
 DOCUMENTS_PER_BATCH = 1_000
 # Documents handed to the tokenizer at once, which bounds its working memory.
 _DOCUMENTS_PER_CALL = 32
+# Starting processes takes longer than tokenizing fewer batches than this.
+_BATCHES_WORTH_A_POOL = 32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,8 +156,10 @@ def map_in_order(
     With more than one process, only a few batches per process are in flight, so memory stays
     bounded however many documents there are.
     """
-    if num_proc <= 1:
-        yield from map(row_maker, batches)
+    batches = iter(batches)
+    head = list(itertools.islice(batches, _BATCHES_WORTH_A_POOL))
+    if num_proc <= 1 or len(head) < _BATCHES_WORTH_A_POOL:
+        yield from map(row_maker, itertools.chain(head, batches))
         return
     # spawn: forking a process that runs threads (tokenizers, CUDA) can hang
     context = multiprocessing.get_context("spawn")
@@ -163,7 +167,7 @@ def map_in_order(
         num_proc, mp_context=context, initializer=_start_worker, initargs=(row_maker,)
     ) as pool:
         in_flight: collections.deque[concurrent.futures.Future[Rows]] = collections.deque()
-        for batch in batches:
+        for batch in itertools.chain(head, batches):
             in_flight.append(pool.submit(_make_rows, batch))
             if len(in_flight) > 2 * num_proc:
                 yield in_flight.popleft().result()

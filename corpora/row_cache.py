@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import re
 import shutil
 import tempfile
@@ -87,15 +88,22 @@ def entry_path(cache_dir: str, label: str, key: dict[str, Any]) -> Path:
 
 @contextlib.contextmanager
 def locked(entry: Path) -> Iterator[None]:
-    """Holds the lock of an entry, which need not exist yet; others wait for it."""
-    with _explained(entry):
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(f"{entry}.lock")
-        lock.acquire()
+    """Holds the lock of an entry, which need not exist yet; others wait for it.
+
+    If the file system refuses (full disk, no permission, ...), the error says what to change.
+    """
     try:
-        yield
-    finally:
-        lock.release()
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(f"{entry}.lock"):
+            yield
+    except OSError as error:
+        if error.errno is None:  # a message about the data, not the file system's
+            raise
+        raise OSError(
+            error.errno,
+            f"data.cache_dir: cannot write {entry.parent} ({error.strerror}); it must lie in a "
+            "writable directory with enough free space. Nothing half-written was left there",
+        ) from error
 
 
 @contextlib.contextmanager
@@ -104,30 +112,15 @@ def new_directory(entry: Path) -> Iterator[Path]:
 
     The caller holds the lock of the entry, so leftovers of a killed process can be removed.
     """
-    with _explained(entry):
-        for leftover in entry.parent.glob(f"{entry.name}.tmp-*"):
-            shutil.rmtree(leftover)
-        folder = Path(tempfile.mkdtemp(prefix=f"{entry.name}.tmp-", dir=entry.parent))
+    for leftover in entry.parent.glob(f"{entry.name}.tmp-*"):
+        shutil.rmtree(leftover)
+    folder = Path(tempfile.mkdtemp(prefix=f"{entry.name}.tmp-", dir=entry.parent))
     try:
         yield folder
-        with _explained(entry):
-            folder.rename(entry)
+        folder.rename(entry)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-
-
-@contextlib.contextmanager
-def _explained(entry: Path) -> Iterator[None]:
-    """Says which key to change when the file system refuses (full disk, no permission, ...)."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"data.cache_dir: cannot write {entry.parent} ({error.strerror}); it must lie in a "
-            "writable directory with enough free space. Nothing half-written was left there",
-        ) from error
 
 
 def _write(folder: Path, key: dict[str, Any], batches: Iterable[Rows]) -> str:
@@ -136,24 +129,23 @@ def _write(folder: Path, key: dict[str, Any], batches: Iterable[Rows]) -> str:
     Returns:
         One line for the log: documents, tokens, rows and hash.
     """
-    digest, documents, tokens, num_rows = hashlib.sha256(), 0, 0, 0
+    digests = {"ids": hashlib.sha256(), "lengths": hashlib.sha256()}
+    documents = tokens = num_rows = 0
     with open(folder / "ids.int32", "wb") as ids, open(folder / "lengths.int32", "wb") as lengths:
         for rows in batches:
-            content = rows.ids.astype("<i4").tobytes()
-            with _explained(folder):
-                ids.write(content)
-                lengths.write(rows.lengths.astype("<i4").tobytes())
-                ids.flush(), lengths.flush()
-            digest.update(content)
+            for name, file, values in (("ids", ids, rows.ids), ("lengths", lengths, rows.lengths)):
+                content = values.astype("<i4").tobytes()
+                digests[name].update(content)
+                file.write(content)
             documents += rows.num_documents
             tokens += rows.num_tokens
             num_rows += len(rows.ids)
-    meta = {"key": key, "rows": num_rows, "sha256": digest.hexdigest()}
-    with _explained(folder):
-        (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+    sha256 = {name: digest.hexdigest() for name, digest in digests.items()}
+    meta = {"key": key, "rows": num_rows, "sha256": sha256}
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
     return (
         f"{documents:,} documents, {tokens:,} tokens, {num_rows:,} rows of {key['length']:,}, "
-        f"sha256 {digest.hexdigest()}"
+        f"sha256 {sha256['ids']}"
     )
 
 
@@ -169,19 +161,20 @@ def _open(entry: Path, key: dict[str, Any]) -> CachedRows:
     try:
         meta = json.loads((entry / "meta.json").read_text())
         num_rows, expected = meta["rows"], meta["sha256"]
-        ids = _map(entry / "ids.int32", (num_rows, key["length"]))
-        lengths = _map(entry / "lengths.int32", (num_rows,))
+        ids = _map(entry / "ids.int32", (num_rows, key["length"]), sha256=expected["ids"])
+        lengths = _map(entry / "lengths.int32", (num_rows,), sha256=expected["lengths"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _CorruptEntry(error) from error
-    if ids.nbytes <= _VERIFIED_BYTES and hashlib.sha256(ids).hexdigest() != expected:
-        raise _CorruptEntry("the ids differ from their recorded hash")
-    return CachedRows(ids=ids, lengths=lengths, sha256=expected)
+    return CachedRows(ids=ids, lengths=lengths, sha256=expected["ids"])
 
 
-def _map(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    expected = int(np.prod(shape)) * 4
-    if path.stat().st_size != expected:
-        raise ValueError(f"{path.name} has {path.stat().st_size} bytes instead of {expected}")
-    if expected == 0:  # an empty file cannot be mapped
+def _map(path: Path, shape: tuple[int, ...], *, sha256: str) -> np.ndarray:
+    num_bytes = math.prod(shape) * 4
+    if path.stat().st_size != num_bytes:
+        raise ValueError(f"{path.name} has {path.stat().st_size} bytes instead of {num_bytes}")
+    if num_bytes == 0:  # an empty file cannot be mapped
         return np.empty(shape, dtype="<i4")
-    return np.memmap(path, dtype="<i4", mode="r", shape=shape)
+    values = np.memmap(path, dtype="<i4", mode="r", shape=shape)
+    if num_bytes <= _VERIFIED_BYTES and hashlib.sha256(values).hexdigest() != sha256:
+        raise ValueError(f"{path.name} differs from its recorded hash")
+    return values

@@ -51,7 +51,7 @@ class StreamedRows(torch.utils.data.IterableDataset):
     """Rows made while training: tokenize, pack per 1,000 documents, shuffle in a buffer.
 
     The state that a checkpoint holds is the position in the documents; the rows that were
-    waiting in the shuffle buffer are not seen again in that epoch.
+    waiting in the shuffle buffer are not seen in that epoch any more.
 
     Args:
         documents: this rank's share. Workers share it out by file in turn.
@@ -86,19 +86,28 @@ class StreamedRows(torch.utils.data.IterableDataset):
             rows = rows.shuffle(seed=seed, buffer_size=shuffle_buffer)
         self._rows = rows
         self._epoch = 0
+        self._is_resumed = False
         self._repeat = repeat
         self._crop = None if crop_seed is None else RandomCrop(crop_seed)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        worker = torch.utils.data.get_worker_info()
+        is_first_worker = worker is None or worker.id == 0
         while True:
             self._rows.set_epoch(self._epoch)
             row = None
             for row in self._rows:
                 yield _item(row["ids"], row["lengths"], self._crop)
-            if row is None and torch.utils.data.get_worker_info() is None:
-                raise ValueError("the training documents are too few for one row of model.length")
+            was_resumed, self._is_resumed = self._is_resumed, False
             self._epoch += 1
-            if row is None or not self._repeat:  # a worker without a file of its own has no row
+            if row is None and was_resumed:  # nothing was left of the epoch that was resumed
+                continue
+            if row is None and is_first_worker:  # the others may have no file of their own
+                raise ValueError(
+                    "data.streaming=true: the training documents do not fill one row of "
+                    "model.length; allowed: more text, or a shorter model.length"
+                )
+            if row is None or not self._repeat:
                 return
 
     def state_dict(self) -> dict[str, Any]:
@@ -107,6 +116,7 @@ class StreamedRows(torch.utils.data.IterableDataset):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._epoch = state["epoch"]
         self._rows.load_state_dict(state["rows"])
+        self._is_resumed = True
 
 
 class RandomCrop:
@@ -120,7 +130,8 @@ class RandomCrop:
         """ids (2N,) -> (N,)"""
         if self._random is None:  # made here: the worker that asks is not known any earlier
             worker = torch.utils.data.get_worker_info()
-            self._random = np.random.default_rng([*self._seed, worker.id if worker else 0])
+            worker_id = 0 if worker is None else worker.id
+            self._random = np.random.default_rng([*self._seed, worker_id])
         length = len(ids) // 2
         start = self._random.integers(len(ids) - length + 1)
         return ids[start : start + length]

@@ -52,6 +52,7 @@ class Request:
         text_column: the column that holds the text.
         document: what one document of a .txt file is (`local_files.read_documents`).
         hub: where to fetch them; not used when there is a path.
+        url: where else to fetch them; not used when there is a path.
         path: a local copy, or any fsspec URL.
         path_key: the configuration key that `path` came from, for messages.
         is_path_of_split: the path was given for this split, so no slice is cut from it.
@@ -64,6 +65,7 @@ class Request:
     text_column: str
     document: str
     hub: Hub | None = None
+    url: str | None = None
     path: str | None = None
     path_key: str = "data.path"
     is_path_of_split: bool = False
@@ -86,6 +88,8 @@ def describe(request: Request) -> dict[str, Any]:
         }
     if request.hub is not None:
         return identity | {"hub": dataclasses.asdict(request.hub)}
+    if request.url is not None:
+        return identity | {"url": request.url}
     return identity | {"python": platform.python_version()}
 
 
@@ -204,7 +208,8 @@ def from_text8(request: Request) -> Documents:
         FileNotFoundError: it cannot be fetched.
         ValueError: there are characters other than a to z and the space.
     """
-    text = "".join(_read_text8(file.url, request) for file in _find(request))
+    urls = [request.url] if request.path is None else [file.url for file in _find(request)]
+    text = "".join(_read_text8(url) for url in urls)
     if not request.is_path_of_split:
         start, end = _TEXT8_SPLITS[request.split]
         length = min(len(text), _TEXT8_LENGTH)
@@ -213,21 +218,32 @@ def from_text8(request: Request) -> Documents:
     return datasets.Dataset.from_dict({request.text_column: pieces})
 
 
-def _read_text8(url: str, request: Request) -> str:
-    with fsspec.open(url, "rb") as stream:
-        data = stream.read()
+def _read_text8(url: str) -> str:
+    try:
+        with fsspec.open(url, "rb") as stream:
+            data = stream.read()
+    except OSError as error:
+        raise FileNotFoundError(
+            f"Could not fetch text8 from {url}. Without a network, give a local copy, zipped or "
+            f"not, in data.path. Cause: {type(error).__name__}: {error}"
+        ) from error
     if zipfile.is_zipfile(io.BytesIO(data)):
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             data = archive.read(archive.namelist()[0])
     data = data.removesuffix(b"\n")
     if other := re.search(rb"[^a-z ]", data):
         raise ValueError(
-            f"{request.path_key}={url!r} is not text8: byte {other.start()} is {other[0]!r}; "
-            "allowed: the letters a to z and the space"
+            f"{url} is not text8: byte {other.start() + 1} is {other[0]!r}; allowed: the letters "
+            "a to z and the space"
         )
     return data.decode("ascii")
 
 
 def from_python(request: Request) -> Documents:
     """Reads the reference text that ships with this Python."""
+    if request.path is not None:
+        raise ValueError(
+            f"{request.path_key}={request.path!r}: this text comes with Python; allowed: null, or "
+            "data=local for text of your own"
+        )
     return datasets.Dataset.from_dict({request.text_column: python_docs.documents(request.split)})

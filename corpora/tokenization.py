@@ -5,6 +5,7 @@ ordinary text, so that no document can smuggle a mask id into the training data.
 """
 
 import hashlib
+import itertools
 import json
 import logging
 import re
@@ -13,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import tokenizers
 import transformers
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,8 @@ _SPECIALS = {
     "pad_token": "[PAD]",
     "mask_token": "[MASK]",
 }
+_LONG_DOCUMENT = 500_000  # characters
+_WORD_BREAK_WORD = re.compile(r"(?<=\S\n)(?=\S)")
 _BPE_NAME = re.compile(r"bpe-(\d+)")
 # Documents are cut into rows afterwards, so no document is too long for the tokenizer.
 _NO_LENGTH_LIMIT = int(1e30)
@@ -115,14 +118,36 @@ def packing_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Tokenizes documents without adding special tokens."""
-    return tokenizer(
-        list(texts),
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )["input_ids"]
+    """Tokenizes documents without adding special tokens.
+
+    A document of millions of characters is handed over in pieces, which bounds the memory and
+    uses all cores. The tokens are the same for every tokenizer that splits a text into words
+    first (GPT-2, BERT and all that are made here).
+    """
+    pieces = [list(_pieces(text)) for text in texts]
+    ids = iter(
+        tokenizer(
+            list(itertools.chain.from_iterable(pieces)),
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )["input_ids"]
+    )
+    parts = (itertools.islice(ids, len(of_document)) for of_document in pieces)
+    return [list(itertools.chain.from_iterable(part)) for part in parts]
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Cuts a long document where one line ends, and the next begins, with a word."""
+    start = 0
+    while len(text) - start > _LONG_DOCUMENT:
+        cut = _WORD_BREAK_WORD.search(text, start + _LONG_DOCUMENT)
+        if cut is None:
+            break
+        yield text[start : cut.start()]
+        start = cut.start()
+    yield text[start:]
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -161,7 +186,7 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
     vocabulary = {character: byte for byte, character in enumerate(_byte_alphabet())}
     vocabulary |= {token: 256 + i for i, token in enumerate(_SPECIALS.values())}
     backend = tokenizers.Tokenizer(models.BPE(vocabulary, []))
-    return _finish(_byte_level(backend), **_SPECIALS)
+    return _finish(_byte_level(backend, in_words=False), **_SPECIALS)
 
 
 def bpe_size(name: str) -> int | None:
@@ -182,7 +207,7 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerBa
             f"data.tokenizer_name_or_path='bpe-{vocab_size}': the vocabulary must have at least "
             f"{SMALLEST_BPE} entries, the 256 bytes and {len(_SPECIALS)} special tokens"
         )
-    backend = _byte_level(tokenizers.Tokenizer(models.BPE()))
+    backend = _byte_level(tokenizers.Tokenizer(models.BPE()), in_words=True)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=list(_SPECIALS.values()),
@@ -208,11 +233,13 @@ def _byte_alphabet() -> list[str]:
     return [chr(byte) if byte in printable else next(replacements) for byte in range(256)]
 
 
-def _byte_level(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """Makes a BPE work on the bytes of a text, so that decoding gives the text back exactly."""
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+def _byte_level(backend: tokenizers.Tokenizer, *, in_words: bool) -> tokenizers.Tokenizer:
+    """Makes a BPE work on the bytes of a text, so that decoding gives the text back exactly.
+
+    `in_words`: split into GPT-2's words first, which merges then never cross.
+    """
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=in_words)
     backend.decoder = decoders.ByteLevel()
-    backend.post_processor = processors.ByteLevel(trim_offsets=False)
     return backend
 
 
