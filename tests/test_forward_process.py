@@ -46,6 +46,8 @@ class TestClipInterval:
             (0.5, 1.0, 4, range(2, 5)),
             (0.3, 0.7, 10, range(3, 8)),
             (1.0, 1.0, 1, range(1, 2)),
+            (0.666667, 1.0, 3, range(2, 4)),  # a third of a block, in six decimals
+            (1e-3, 0.333333, 3, range(0, 2)),
             (0.3, 0.4, 2, range(1, 1)),
         ],
     )

@@ -143,6 +143,27 @@ def test_every_block_has_its_own_sigma():
     assert (all_low - all_high).abs().amax(dim=(0, 2)).min() > 1e-3
 
 
+@torch.no_grad()
+def test_sigma_per_position_reaches_every_layer():
+    """At L = N the noisy half sees itself alone, so it is the plain network with one sigma."""
+    network, x_0 = small_dit(block_size=12), random_tokens(2, 12)
+    x_t = blocks_masked(x_0, block=0, block_size=6)
+    x = torch.cat((x_t, x_0), dim=1)
+    sigma = torch.tensor([0.2, 3.0])
+    found = network(x, sigma[:, None].expand(2, 12), pattern=P.BLOCK_DIFFUSION)
+    expected = network(x_t, sigma, pattern=P.FULL)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_norm_is_computed_in_float32_for_bf16_input():
+    x = (100 + torch.randn(4, 32, generator=torch.Generator().manual_seed(0))).bfloat16()
+    found = LayerNorm(32)(x)
+    exact = x.double() - x.double().mean(dim=-1, keepdim=True)
+    exact = exact / (exact.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt()
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-3)
+
+
 def test_dropout_only_while_training():
     network, tokens = small_dit(dropout=0.5), random_tokens(2, 8)
     assert torch.equal(network(tokens, pattern=P.FULL), network(tokens, pattern=P.FULL))
