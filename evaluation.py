@@ -2,12 +2,15 @@
 
 import csv
 import hashlib
+import io
 import json
-from pathlib import Path
+import os
 from typing import Any
 
+import fsspec
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.panel import Panel
@@ -24,7 +27,15 @@ from sampling.ar import AutoregressiveSampler
 from sampling.base import Sampler
 from sampling.semi_ar import SemiAutoregressiveSampler
 from training.checkpointing import load_weights, read_weights
-from utils import derive_seed, get_logger, lightning_precision, resolve_device
+from utils import (
+    absolute_path,
+    derive_seed,
+    file_exists,
+    get_logger,
+    lightning_precision,
+    resolve_device,
+    write_text,
+)
 
 logger = get_logger(__name__)
 
@@ -46,7 +57,7 @@ def config_hash(config: DictConfig) -> str:
     return hashlib.sha256(resolved.encode()).hexdigest()[:16]
 
 
-def ppl_eval(config: DictConfig, trainer: L.Trainer) -> Path:
+def ppl_eval(config: DictConfig, trainer: L.Trainer) -> str:
     """Likelihood of the validation set; prints a table and writes a JSON file.
 
     Returns:
@@ -70,12 +81,9 @@ def ppl_eval(config: DictConfig, trainer: L.Trainer) -> Path:
     results["data"] = config.data.valid
     results["checkpoint"] = config.eval.checkpoint_path
     results["config_hash"] = config_hash(config)
-    path = Path(config.eval.results_path or "ppl_eval.json").absolute()
+    path = absolute_path(config.eval.results_path or "ppl_eval.json", base=os.getcwd())
     if trainer.is_global_zero:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(results, indent=2) + "\n")
-        partial.replace(path)
+        write_text(path, json.dumps(results, indent=2) + "\n")
         print_table(f"Likelihood of {config.data.valid}", results)
     return path
 
@@ -105,12 +113,15 @@ def build_sampler(config: DictConfig, model: Diffusion, *, bos_index: int) -> Sa
 
 
 @torch.no_grad()
-def sample_eval(config: DictConfig) -> Path:
+def sample_eval(config: DictConfig) -> str | None:
     """Draw `sampling.num_sample_batches` batches, print them and write one CSV row per sample.
 
     Returns:
-        The path of the CSV file in `sampling.logdir`.
+        The path of the CSV file in `sampling.logdir`; None on all processes but the first, which
+        alone draws samples (under srun every one of them would draw the same).
     """
+    if rank_zero_only.rank != 0:
+        return None
     tokenizer = get_tokenizer(config)
     device = resolve_device(config.trainer.accelerator)
     model = load_model(config, tokenizer).to(device)
@@ -140,17 +151,19 @@ def sample_eval(config: DictConfig) -> Path:
                     "seed": config.seed,
                 }
             )
-    return _append_samples(Path(config.sampling.logdir).absolute(), rows)
+    return _append_samples(absolute_path(config.sampling.logdir, base=os.getcwd()), rows)
 
 
-def _append_samples(logdir: Path, rows: list[dict[str, Any]]) -> Path:
-    logdir.mkdir(parents=True, exist_ok=True)
-    path = logdir / "samples.csv"
-    is_new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, SAMPLE_COLUMNS)
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
+def _append_samples(logdir: str, rows: list[dict[str, Any]]) -> str:
+    path = f"{logdir}/samples.csv"
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, SAMPLE_COLUMNS)
+    if file_exists(path):
+        with fsspec.open(path, "r", newline="", encoding="utf-8") as file:
+            text.write(file.read())
+    else:
+        writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
     logger.info("%d samples are in %s", len(rows), path)
     return path

@@ -67,7 +67,7 @@ def wandb_arguments(config: DictConfig) -> dict:
     arguments = OmegaConf.to_container(config.wandb, resolve=True)
     arguments["config"] = OmegaConf.to_container(config, resolve=True)
     is_decided = "offline" in arguments or "WANDB_MODE" in os.environ
-    if not is_decided and not wandb.Api.api_key:
+    if not is_decided and not wandb.login(prompt=False, verify=False):
         logger.warning("wandb: no API key, logging offline (`wandb login`, or wandb=null for none)")
         arguments["offline"] = True
     return arguments
@@ -83,8 +83,11 @@ def build_trainer(config: DictConfig, *, is_training: bool) -> L.Trainer:
             callbacks.append(EMACallback(config.training.ema))
         loggers = build_loggers(config)
     is_parallel = world_size(config.trainer) > 1
+    # An integer interval counts batches across epochs, a float is a fraction of each epoch.
+    every_epoch = None if isinstance(config.trainer.val_check_interval, int) else 1
     return hydra.utils.instantiate(
         config.trainer,
+        check_val_every_n_epoch=config.trainer.check_val_every_n_epoch or every_epoch,
         default_root_dir=os.getcwd(),
         callbacks=callbacks,
         logger=loggers,
@@ -94,8 +97,29 @@ def build_trainer(config: DictConfig, *, is_training: bool) -> L.Trainer:
     )
 
 
+def checkpoint_to_resume(config: DictConfig) -> str | None:
+    """The checkpoint that training goes on from, None to start anew.
+
+    Raises:
+        FileNotFoundError: if the user named a checkpoint that is not there. The default one,
+            `last.ckpt` under `checkpointing.save_dir`, may be missing: the first run has none.
+    """
+    path, save_dir = config.checkpointing.resume_ckpt_path, config.checkpointing.save_dir
+    if not config.checkpointing.resume_from_ckpt or path is None:
+        return None
+    if file_exists(path):
+        return path
+    if path != absolute_path("checkpoints/last.ckpt", base=save_dir):
+        raise FileNotFoundError(
+            f"checkpointing.resume_ckpt_path={path}: there is no such file; allowed are a "
+            "checkpoint and, to start anew, null or checkpointing.resume_from_ckpt=false"
+        )
+    return None
+
+
 def train(config: DictConfig) -> None:
     """Train, resuming from `checkpointing.resume_ckpt_path` where that exists."""
+    resume = checkpoint_to_resume(config)
     L.seed_everything(config.seed, verbose=False)
     tokenizer = get_tokenizer(config)
     model = Diffusion(config, tokenizer)
@@ -106,9 +130,9 @@ def train(config: DictConfig) -> None:
     train_loader, valid_loader = get_dataloaders(
         config, tokenizer, rank=trainer.global_rank, world_size=trainer.world_size
     )
-    resume = config.checkpointing.resume_ckpt_path
-    if not config.checkpointing.resume_from_ckpt or not file_exists(resume):
-        resume = None
+    if resume is not None:
+        # Lightning reads it again, but what does not fit is said clearly here.
+        load_weights(model, read_weights(resume), use_ema=False)
     trainer.fit(model, train_loader, valid_loader, ckpt_path=resume, weights_only=True)
     if trainer.is_global_zero:
         curve = Path("training_curve.png").absolute()
@@ -120,12 +144,17 @@ def train(config: DictConfig) -> None:
         logger.info("Training curve: %s", curve)
 
 
-def run(config: DictConfig) -> None:
-    """Validate, then carry out `mode` and the modes of `then`."""
+def run(config: DictConfig, *, launch_dir: str) -> None:
+    """Validate, then carry out `mode` and the modes of `then` in the working directory.
+
+    Args:
+        config: the composed configuration; its relative paths are made absolute in place.
+        launch_dir: where the command was typed.
+    """
     validate(config)
     for warning in ignored_key_warnings(config):
         logger.warning(warning)
-    make_paths_absolute(config, launch_dir=hydra.utils.get_original_cwd())
+    make_paths_absolute(config, launch_dir=launch_dir)
     for mode in (config.mode, *config.then):
         if mode == "train":
             train(config)
@@ -139,7 +168,7 @@ def run(config: DictConfig) -> None:
 @hydra.main(version_base=None, config_path="configs", config_name="config")
 def main(config: DictConfig) -> None:
     try:
-        run(config)
+        run(config, launch_dir=hydra.utils.get_original_cwd())
     except (ValueError, OSError) as error:
         # What the user can mend is said in one line; HYDRA_FULL_ERROR=1 shows the rest.
         if os.environ.get("HYDRA_FULL_ERROR") == "1":

@@ -12,6 +12,8 @@ TRAIN_CURVE, VALIDATION_CURVE = "trainer/loss", "val/nll"
 
 def read_curve(metrics_csv: Path, name: str) -> tuple[list[int], list[float]]:
     """Steps and values of one logged name in Lightning's CSV log; empty where it is missing."""
+    if not metrics_csv.exists():  # a run too short to log anything
+        return [], []
     with metrics_csv.open(newline="") as file:
         points = [(row["step"], row.get(name)) for row in csv.DictReader(file)]
     points = [(int(step), float(value)) for step, value in points if value]

@@ -1,5 +1,6 @@
 """Small things that several modules need: logging, seeds, files, the cosine schedule, precision."""
 
+import contextlib
 import logging
 import math
 from pathlib import Path
@@ -41,6 +42,25 @@ def absolute_path(path: str, *, base: str) -> str:
     if "://" in path:
         return path
     return str((Path(base) / Path(path).expanduser()).absolute())
+
+
+def write_text(path: str, text: str) -> None:
+    """Write a file whole or not at all, at any place fsspec reaches; makes its directory.
+
+    Raises:
+        OSError: names the file; what was there before is unchanged.
+    """
+    fs, name = fsspec.core.url_to_fs(path)
+    partial = f"{name}.partial"
+    try:
+        fs.makedirs(fs._parent(name), exist_ok=True)
+        with fs.open(partial, "wb") as file:
+            file.write(text.encode())
+        fs.mv(partial, name)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            fs.rm_file(partial)
+        raise OSError(f"{path}: cannot be written ({error})") from error
 
 
 def resolve_device(accelerator: str) -> torch.device:

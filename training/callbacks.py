@@ -59,8 +59,12 @@ class EMACallback(L.Callback):
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        if self.ema is not None and "ema" in checkpoint:
+        if self.ema is None:
+            return
+        if "ema" in checkpoint:
             self.ema.load_state_dict(checkpoint["ema"])
+        else:  # written with training.ema=0: the average starts from its weights
+            self.ema = ExponentialMovingAverage(pl_module.parameters(), decay=self.decay)
 
     def _swap(self, pl_module: L.LightningModule, *, to_average: bool) -> None:
         if self.ema is not None and self._is_swapped != to_average:
