@@ -209,8 +209,8 @@ def _row_maker(config: DictConfig, tokenizer: PreTrainedTokenizerBase, role: str
             f"data.wrap=false pads each document to a row of its own, but data.{role}="
             f"{config.data[role]!r} is one running text; allowed: data.wrap=true"
         )
-    # These keys exist in openwebtext-split.yaml and where the user adds them with a plus.
-    insert_special = config.data.get(f"insert_{role}_special", spec.has_documents)
+    insert_eos = _flag(config, f"insert_{role}_eos", default=spec.has_documents)
+    insert_special = _flag(config, f"insert_{role}_special", default=spec.has_documents)
     if config.model.length < 3 and insert_special:
         raise ValueError(
             f"model.length={config.model.length} leaves no room between BOS and EOS; allowed: at "
@@ -220,38 +220,27 @@ def _row_maker(config: DictConfig, tokenizer: PreTrainedTokenizerBase, role: str
         tokenizer=tokenizer,
         length=config.model.length * (2 if role == "train" and spec.crops_train else 1),
         wrap=config.data.wrap,
-        insert_eos=config.data.get(f"insert_{role}_eos", spec.has_documents),
+        insert_eos=insert_eos,
         insert_special=insert_special,
         detokenize=spec.detokenize,
     )
+
+
+def _flag(config: DictConfig, key: str, *, default: bool) -> bool:
+    """Returns a key that openwebtext-split.yaml has, and others where the user adds it (`+`)."""
+    # Neither `get` nor `in config.data`: OmegaConf raises and catches an exception in there, which
+    # keeps the callers' frames, and so the loader, in a reference cycle; and a loader that is left
+    # to the garbage collector waits 5 s for each worker.
+    return config.data[key] if key in config.data.keys() else default
 
 
 def _request(config: DictConfig, role: str) -> tuple[DatasetSpec, Request]:
     """Returns the entry of a role's data set and what to read of it."""
     data = config.data
     spec = get_spec(data[role], key=f"data.{role}")
-    other_role = "valid" if role == "train" else "train"
-    other = get_spec(data[other_role], key=f"data.{other_role}")
+    _check_place(config, role, spec)
     own_path = data[f"{role}_path"]
-    if (spec.load, spec.hub) != (other.load, other.hub):
-        for key, is_used in (("path", own_path is None), ("revision", spec.hub is not None)):
-            if data[key] is not None and is_used:
-                raise ValueError(
-                    f"data.{key}={data[key]!r} does not say which set it belongs to, since "
-                    f"data.train={data.train!r} and data.valid={data.valid!r} differ; allowed: "
-                    "null, with data.train_path and data.valid_path for local copies"
-                )
     path = own_path or data.path
-    is_own_text = spec.txt_document is None
-    if is_own_text and path is None:
-        raise ValueError(
-            f"data.{role}_path=null: data={data[role]} needs the path of your text; allowed: a "
-            "file, a directory or a glob of .txt, .jsonl or .parquet, local or any fsspec URL"
-        )
-    if data.document not in DOCUMENT_MODES:
-        raise ValueError(
-            f"data.document={data.document!r} is unknown; allowed: {', '.join(DOCUMENT_MODES)}"
-        )
     hub = spec.hub
     if hub is not None and data.revision is not None:
         hub = dataclasses.replace(hub, revision=data.revision)
@@ -264,10 +253,42 @@ def _request(config: DictConfig, role: str) -> tuple[DatasetSpec, Request]:
         path=None if path is None else _absolute(path),
         path_key="data.path" if own_path is None else f"data.{role}_path",
         is_path_of_split=own_path is not None,
-        is_own_text=is_own_text,
+        is_own_text=spec.txt_document is None,
         cache_dir=os.path.join(_absolute(data.cache_dir), "hub"),
         streaming=data.streaming and role == "train",
     )
+
+
+def _check_place(config: DictConfig, role: str, spec: DatasetSpec) -> None:
+    """Rejects keys that do not say clearly where the documents of a role are."""
+    data = config.data
+    path = data[f"{role}_path"] or data.path
+    other_role = "valid" if role == "train" else "train"
+    other = get_spec(data[other_role], key=f"data.{other_role}")
+    is_shared = (spec.load, spec.hub) == (other.load, other.hub)
+    unclear = {"path": path == data.path, "revision": spec.hub is not None}
+    for key, is_used in unclear.items():
+        if data[key] is not None and is_used and not is_shared:
+            raise ValueError(
+                f"data.{key}={data[key]!r} does not say which set it belongs to, since data.train="
+                f"{data.train!r} and data.valid={data.valid!r} differ; allowed: null, with "
+                "data.train_path and data.valid_path for local copies"
+            )
+    takes_path = spec.hub or spec.url or spec.txt_document is None
+    if path is not None and not takes_path:
+        raise ValueError(
+            f"data.path={path!r}: the text of data.{role}={data[role]} comes with Python; allowed: "
+            "null, or data=local for text of your own"
+        )
+    if path is None and spec.txt_document is None:
+        raise ValueError(
+            f"data.{role}_path=null: data={data[role]} needs the path of your text; allowed: a "
+            "file, a directory or a glob of .txt, .jsonl or .parquet, local or any fsspec URL"
+        )
+    if data.document not in DOCUMENT_MODES:
+        raise ValueError(
+            f"data.document={data.document!r} is unknown; allowed: {', '.join(DOCUMENT_MODES)}"
+        )
 
 
 def _check_different_files(config: DictConfig) -> None:

@@ -5,22 +5,32 @@ Files are read in sorted order and as a stream; a defect is reported with its fi
 A data set written by `save_to_disk` is a directory of .arrow files and needs no special case.
 """
 
+import contextlib
 import dataclasses
+import gzip
+import io
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import IO, Any
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+import zstandard
 
 DOCUMENT_MODES = ("file", "paragraph", "line")
 # A line with its line break, where an empty line is an empty document: WikiText's own form.
 RAW_LINE = "raw_line"
 
-_COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
+_DECOMPRESSORS: dict[str, Callable[[IO[bytes]], IO[bytes]]] = {
+    ".gz": lambda raw: gzip.GzipFile(fileobj=raw),
+    # a .zst file may be several frames in a row
+    ".zst": lambda raw: io.BufferedReader(
+        zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+    ),
+}
 _FORMATS = {".txt": "text", ".jsonl": "jsonl", ".parquet": "parquet", ".arrow": "arrow"}
 _SPLIT_WORDS = {
     "train": ("train", "training"),
@@ -37,14 +47,14 @@ class TextFile:
         url: what fsspec opens.
         name: the path below the directory or glob it was found by; '' for a file named directly.
         format: `text`, `jsonl`, `parquet` or `arrow`.
-        compression: fsspec's name of the compression, or None.
+        compression: `.gz`, `.zst` or ''.
         identity: size and modification time, which change when the content does.
     """
 
     url: str
     name: str
     format: str
-    compression: str | None
+    compression: str
     identity: str
 
 
@@ -84,7 +94,7 @@ def find_files(path: str, *, key: str, default_format: str | None = None) -> lis
     if not known:
         raise ValueError(
             f"{key}={path!r} is of unknown type; allowed: {', '.join(_FORMATS)}, plain or "
-            f"followed by {' or '.join(_COMPRESSION)}"
+            f"followed by {' or '.join(_DECOMPRESSORS)}"
         )
     return known
 
@@ -98,10 +108,10 @@ def _text_file(
     filesystem: fsspec.AbstractFileSystem, path: str, name: str, default_format: str | None
 ) -> TextFile:
     """Describes one file; its format is '' where the suffix tells nothing."""
-    stem, compression = path, None
-    for suffix, method in _COMPRESSION.items():
+    stem, compression = path, ""
+    for suffix in _DECOMPRESSORS:
         if path.lower().endswith(suffix):
-            stem, compression = path[: -len(suffix)], method
+            stem, compression = path[: -len(suffix)], suffix
     info = filesystem.info(path)
     changed = next((info[key] for key in ("mtime", "ETag", "created") if key in info), None)
     return TextFile(
@@ -160,10 +170,17 @@ def read_documents(
             yield {text_column: text}
 
 
+@contextlib.contextmanager
+def _open(file: TextFile) -> Iterator[IO[bytes]]:
+    """Opens a file for reading what was in it before compression."""
+    with fsspec.open(file.url, "rb") as raw:
+        yield _DECOMPRESSORS[file.compression](raw) if file.compression else raw
+
+
 def _lines(file: TextFile) -> Iterator[str]:
     """Yields the lines of a UTF-8 file, each with `\\n` as its line break."""
     try:
-        with fsspec.open(file.url, "rb", compression=file.compression) as stream:
+        with _open(file) as stream:
             for number, line in enumerate(stream, start=1):
                 text = _decode(line, file.url, number)
                 yield text[:-2] + "\n" if text.endswith("\r\n") else text
@@ -229,9 +246,10 @@ def _table_texts(file: TextFile, text_column: str) -> Iterator[str]:
 def _table_batches(file: TextFile, text_column: str) -> Iterator[pa.RecordBatch]:
     """Yields the tables of a .parquet or .arrow file that has the column."""
     try:
-        with fsspec.open(file.url, "rb", compression=file.compression) as stream:
+        with _open(file) as stream:
             if file.format == "parquet":
-                table = pq.ParquetFile(stream)
+                # Parquet is read from its end, which a decompressor cannot do
+                table = pq.ParquetFile(io.BytesIO(stream.read()) if file.compression else stream)
                 _check_column(table.schema_arrow.names, file.url, text_column)
                 yield from table.iter_batches(columns=[text_column])
             else:

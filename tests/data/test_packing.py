@@ -1,0 +1,140 @@
+"""Packing: recorded rows, a slow reference, and independence of the number of processes."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from omegaconf import DictConfig
+
+from corpora import packing
+from corpora.packing import RowMaker, map_in_order, pack, pad
+from corpora.tokenization import load_tokenizer
+from dataloader import get_dataloaders, get_tokenizer
+
+RECORDED = [("lambada", "gpt2", 1024), ("wikitext2", "gpt2", 1024), ("lm1b", "bert", 128)]
+FLAGS = [(True, True), (False, True), (True, False), (False, False)]
+
+
+def reference_rows(documents, length, bos, eos, insert_eos, insert_special) -> list[list[int]]:
+    stream = []
+    for ids in documents:
+        stream += [*ids, eos] if insert_eos else ids
+    width = length - 2 if insert_special else length
+    rows = []
+    while len(stream) >= width:
+        row, stream = stream[:width], stream[width:]
+        rows.append([bos, *row, eos] if insert_special else row)
+    return rows
+
+
+@pytest.mark.parametrize(("insert_eos", "insert_special"), FLAGS)
+@pytest.mark.parametrize("length", [3, 8, 50])
+def test_pack_equals_the_reference(insert_eos: bool, insert_special: bool, length: int):
+    random = np.random.default_rng(0)
+    documents = [random.integers(10, 99, n).tolist() for n in random.integers(0, 12, 40)]
+    rows = pack(
+        documents,
+        length=length,
+        bos=1,
+        eos=2,
+        insert_eos=insert_eos,
+        insert_special=insert_special,
+    )
+    assert rows.dtype == np.int32 and rows.shape[1] == length
+    assert rows.tolist() == reference_rows(documents, length, 1, 2, insert_eos, insert_special)
+
+
+def test_no_documents_give_no_rows():
+    rows = pack([], length=8, bos=1, eos=2, insert_eos=True, insert_special=True)
+    assert rows.shape == (0, 8)
+
+
+def test_pad():
+    ids, lengths = pad(
+        [[5, 6], [], list(range(10, 20))],
+        length=6,
+        bos=1,
+        eos=2,
+        pad_id=0,
+        insert_special=True,
+    )
+    expected = [[1, 5, 6, 2, 0, 0], [1, 2, 0, 0, 0, 0], [1, 10, 11, 12, 13, 2]]
+    assert (ids.tolist(), lengths.tolist()) == (expected, [4, 2, 6])
+
+
+def copy_of(dataset: str, data: Path, num_docs: int, folder: Path) -> Path:
+    """Writes the first documents of a set's file to a file of their own."""
+    source = {
+        "wikitext2": data / "wikitext-2/valid.txt",
+        "lm1b": data / "lm1b/news.en.heldout-00000-of-00050",
+        "lambada": data / "lambada/lambada_test.jsonl",
+    }[dataset]
+    lines = source.read_bytes().splitlines(keepends=True)[:num_docs]
+    target = folder / f"first{source.suffix if dataset == 'lambada' else '.txt'}"
+    target.write_bytes(b"".join(lines))
+    return target
+
+
+@pytest.mark.parametrize(("insert_eos", "insert_special"), FLAGS)
+@pytest.mark.parametrize(("dataset", "tokenizer", "length"), RECORDED)
+def test_rows_equal_the_recorded_ones(
+    shared: Path,
+    data_config: Callable[..., DictConfig],
+    tmp_path: Path,
+    request,
+    dataset: str,
+    tokenizer: str,
+    length: int,
+    insert_eos: bool,
+    insert_special: bool,
+):
+    """Documents through configuration, cache and loader, against the original's rows."""
+    (entry,) = (
+        e
+        for e in json.loads((shared / "golden/data.json").read_text())
+        if (e["dataset"], e["tokenizer"], e["length"]) == (dataset, tokenizer, length)
+        and (e["insert_eos"], e["insert_special"]) == (insert_eos, insert_special)
+    )
+    path = copy_of(dataset, shared / "data", entry["num_docs"], tmp_path)
+    config = data_config(
+        f"data={'lm1b-wrap' if dataset == 'lm1b' else dataset}",
+        f"data.path={path}",
+        f"model.length={length}",
+        f"+data.insert_valid_eos={insert_eos}",
+        f"+data.insert_valid_special={insert_special}",
+    )
+    tokenizer = request.getfixturevalue(tokenizer)
+    _, loader = get_dataloaders(config, tokenizer, skip_train=True)
+    rows = np.concatenate([batch["input_ids"].numpy() for batch in loader])
+    assert len(rows) == entry["rows"]
+    assert rows[0, : len(entry["first"])].tolist() == entry["first"]
+    assert rows[-1, -len(entry["last"]) :].tolist() == entry["last"]
+    assert hashlib.sha256(rows.astype("<i4").tobytes()).hexdigest() == entry["sha256"]
+
+
+def test_remainder_of_each_thousand_documents_is_dropped(local_config, tmp_path: Path):
+    """Surprising, and kept: published numbers depend on it."""
+    (tmp_path / "train.txt").write_text("ab\n" * 2_500)
+    config = local_config("data.tokenizer_name_or_path=bytes", "loader.batch_size=1")
+    train, _ = get_dataloaders(config, get_tokenizer(config), skip_valid=True)
+    assert len(train.dataset) == 2 * (3 * 1_000 // 14) + 3 * 500 // 14
+
+
+def test_rows_do_not_depend_on_the_number_of_processes(monkeypatch):
+    """The original gave each process a slice of the documents, each with remainders of its own:
+    the token set, and so the perplexity, depended on the number of CPUs of the machine."""
+    monkeypatch.setattr(packing, "_BATCHES_WORTH_A_POOL", 2)
+    row_maker = RowMaker(tokenizer=load_tokenizer("bytes"), length=8)
+
+    def batches() -> Iterator[list[str]]:
+        for start in range(0, 70, 10):
+            yield [f"document number {i}" for i in range(start, start + 10)]
+
+    alone, together = (
+        [rows.ids.tolist() for rows in map_in_order(row_maker, batches(), num_proc=n)]
+        for n in (1, 2)
+    )
+    assert alone == together and len(alone) == 7
