@@ -335,7 +335,7 @@ def _blocks_need_bd3lm(config: DictConfig) -> Problems:
 
 def _block_attention(config: DictConfig) -> Problems:
     """Attention between noisy and clean blocks, and what builds on it, need their algorithm."""
-    algo, length = config["algo"], config["model"]["length"]
+    algo = config["algo"]
     if algo["cross_attn"] and algo["parameterization"] != "subs":
         yield (
             "algo.cross_attn",
@@ -343,12 +343,6 @@ def _block_attention(config: DictConfig) -> Problems:
         )
     if algo["var_min"] and not algo["cross_attn"]:
         yield "algo.var_min", "allowed with algo.cross_attn=False is False"
-    if algo["time_conditioning"] and config["block_size"] < length:
-        yield (
-            "algo.time_conditioning",
-            f"allowed with block_size={config['block_size']} < model.length={length} is False: "
-            "the network takes one noise level per sequence",
-        )
 
 
 def _loss_scale(config: DictConfig) -> Problems:

@@ -136,9 +136,9 @@ def q_xt_within(
 ) -> Tensor:
     """x_t given that every block's masked fraction lies in the interval.
 
-    Redrawing a block until it fits leaves a number of masks that is binomial (L, p) truncated to the
-    counts that fit, at positions that are uniform given the number. That is what is drawn here, at
-    once: no loop, no wait for the device, and an end even where fitting draws are rare.
+    Redrawing a block until it fits leaves a number of masks that is binomial (L, p) truncated to
+    the counts that fit, at positions that are uniform given the number. That is what is drawn
+    here, at once: no loop, no wait for the device, and an end even where fitting draws are rare.
 
     Args:
         x_0: clean tokens (B, N), N = K L.
@@ -154,7 +154,8 @@ def q_xt_within(
     if not counts:
         raise ValueError(
             f"training.resample=true: no number of masks out of block_size={block_size} is a "
-            f"fraction within [{interval.low}, {interval.high}]; widen training.sampling_eps_min/max"
+            f"fraction within [{interval.low}, {interval.high}]; "
+            "widen training.sampling_eps_min/max"
         )
     count = torch.arange(counts.start, counts.stop, device=x_0.device, dtype=torch.float32)
     size = torch.tensor(float(block_size), device=x_0.device)

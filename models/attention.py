@@ -46,19 +46,14 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, *, pattern: AttentionPattern, block_s
             "model.attn_backend=flex cannot train on the CPU: FlexAttention has no backward pass "
             "there; use model.attn_backend=auto or sdpa"
         )
-    q_len, kv_len = q.shape[2], k.shape[2]
-    mask = None
-    if not is_unrestricted(pattern, q_len=q_len, kv_len=kv_len, block_size=block_size):
-        mask = flex_block_mask(
-            pattern, q_len=q_len, kv_len=kv_len, block_size=block_size, device=q.device
-        )
+    mask = flex_block_mask(
+        pattern, q_len=q.shape[2], kv_len=k.shape[2], block_size=block_size, device=q.device
+    )
     return _compiled_flex_attention()(q, k, v, block_mask=mask)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, pattern: AttentionPattern, block_size: int) -> Tensor:
     q_len, kv_len = q.shape[2], k.shape[2]
-    if is_unrestricted(pattern, q_len=q_len, kv_len=kv_len, block_size=block_size):
-        return F.scaled_dot_product_attention(q, k, v)
     if pattern is AttentionPattern.CAUSAL and q_len == kv_len:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     mask = dense_mask(pattern, q_len=q_len, kv_len=kv_len, block_size=block_size, device=q.device)
@@ -84,5 +79,10 @@ def attend(
         ValueError: unknown backend, or a backend that cannot run what is asked of it.
     """
     chosen = resolve_backend(backend, pattern=pattern, device=q.device)
+    q_len, kv_len = q.shape[2], k.shape[2]
+    if is_unrestricted(pattern, q_len=q_len, kv_len=kv_len, block_size=block_size):
+        # Nothing to skip, on either backend. FlexAttention would compile anew for each length of a
+        # growing cache.
+        return F.scaled_dot_product_attention(q, k, v)
     run = _flex if chosen == "flex" else _sdpa
     return run(q, k, v, pattern=pattern, block_size=block_size)

@@ -31,6 +31,7 @@ class KVCache:
         self._buffer = torch.zeros(shape, device=device, dtype=dtype)
         self.capacity = capacity
         self.num_tokens = 0
+        self._num_written = 0
 
     def append(self, layer: int, *, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write T tentative keys and values (B, H, T, d) and return all that a query may see.
@@ -48,10 +49,20 @@ class KVCache:
                 f"capacity {self.capacity}"
             )
         keys, values = self._buffer[layer]
+        self._num_written = end
         keys[:, :, self.num_tokens : end] = k
         values[:, :, self.num_tokens : end] = v
         return keys[:, :, :end], values[:, :, :end]
 
     def commit(self, num_tokens: int) -> None:
-        """Keep the first `num_tokens` of the last forward pass's tokens."""
+        """Keep the first `num_tokens` of the last forward pass's tokens.
+
+        Raises:
+            ValueError: if the last pass did not write that many.
+        """
+        if self.num_tokens + num_tokens > self._num_written:
+            raise ValueError(
+                f"KV cache: {num_tokens} tokens to keep, the last pass wrote "
+                f"{self._num_written - self.num_tokens}"
+            )
         self.num_tokens += num_tokens

@@ -95,10 +95,6 @@ REFUSED = [
         "algo.var_min=True: allowed with algo.cross_attn=False is False",
     ),
     (
-        ["algo.time_conditioning=true", "block_size=4"],
-        "algo.time_conditioning=True: allowed with block_size=4 < model.length=1024 is False",
-    ),
-    (
         ["algo=ar", "algo.mdlm_loss_scale=true"],
         "algo.mdlm_loss_scale=True: allowed with algo.name=ar is False",
     ),
@@ -182,7 +178,7 @@ ALLOWED = [
     ["training.resample=true", "block_size=1", "training.sampling_eps_min=1"],
     ["training.resample=true", "block_size=1", "algo.clip_search_widths=[0.5]"],
     ["training.resample=true", "block_size=4", "algo.clip_search_widths=[0.5,0.7]"],
-    ["algo.time_conditioning=true"],
+    ["algo.time_conditioning=true", "block_size=4"],
     [*LOCAL, "model=tiny", "block_size=16"],
 ]
 

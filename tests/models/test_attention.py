@@ -97,7 +97,7 @@ def test_flex_refuses_to_train_on_the_cpu():
     """FlexAttention has no backward pass there; the message names the key and the way out."""
     q, k, v = random_qkv(q_len=8, kv_len=8)
     with pytest.raises(ValueError, match="model.attn_backend=flex.*CPU.*auto or sdpa"):
-        attend(q.requires_grad_(), k, v, pattern=P.FULL, block_size=4, backend="flex")
+        attend(q.requires_grad_(), k, v, pattern=P.CAUSAL, block_size=4, backend="flex")
 
 
 def test_unknown_backend_lists_the_known():
