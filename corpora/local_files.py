@@ -66,7 +66,7 @@ def find_files(path: str, *, key: str, default_format: str | None = None) -> lis
     Args:
         path: what the user gave.
         key: the configuration key it was given under, for messages.
-        default_format: the format of files whose suffix tells nothing; None: they are unknown.
+        default_format: the format of the files where no suffix tells one; None: an error.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -89,8 +89,11 @@ def find_files(path: str, *, key: str, default_format: str | None = None) -> lis
             f"{key}={path!r} does not exist or holds no file; allowed: a file, a directory or a "
             "glob, local or any fsspec URL"
         )
-    files = [_text_file(filesystem, name, names[name], default_format) for name in names]
-    known = [file for file in files if file.format and not _is_hidden(file.name)]
+    files = [_text_file(filesystem, name, short) for name, short in names.items()]
+    files = [file for file in files if not _is_hidden(file.name)]
+    known = [file for file in files if file.format]
+    if default_format is not None and not known:
+        known = [dataclasses.replace(file, format=default_format) for file in files]
     if not known:
         raise ValueError(
             f"{key}={path!r} is of unknown type; allowed: {', '.join(_FORMATS)}, plain or "
@@ -104,9 +107,7 @@ def _is_hidden(name: str) -> bool:
     return any(part.startswith((".", "cache-")) for part in name.split("/"))
 
 
-def _text_file(
-    filesystem: fsspec.AbstractFileSystem, path: str, name: str, default_format: str | None
-) -> TextFile:
+def _text_file(filesystem: fsspec.AbstractFileSystem, path: str, name: str) -> TextFile:
     """Describes one file; its format is '' where the suffix tells nothing."""
     stem, compression = path, ""
     for suffix in _DECOMPRESSORS:
@@ -117,7 +118,7 @@ def _text_file(
     return TextFile(
         url=filesystem.unstrip_protocol(path),
         name=name,
-        format=_FORMATS.get(os.path.splitext(stem)[1].lower(), default_format or ""),
+        format=_FORMATS.get(os.path.splitext(stem)[1].lower(), ""),
         compression=compression,
         identity=f"{info['size']} bytes, {changed}",
     )

@@ -88,6 +88,36 @@ def test_revision_is_passed_on(data_config: Callable[..., DictConfig], monkeypat
 
 
 @pytest.mark.parametrize(
+    ("data", "split", "is_streamed"),
+    [("openwebtext-streaming", "train", True), ("openwebtext-split", "train[:-100000]", False)],
+)
+def test_streaming_from_the_hub(
+    data_config: Callable[..., DictConfig], monkeypatch, data: str, split: str, is_streamed: bool
+):
+    """A slice cannot be streamed, so that set is downloaded and tokenized while training."""
+    asked = {}
+
+    def load_dataset(*args, **options):
+        asked.update(options)
+        rows = datasets.Dataset.from_dict({"text": ["some words"] * 40, "label": [0] * 40})
+        return rows.to_iterable_dataset() if options["streaming"] else rows
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    config = data_config(f"data={data}", "data.streaming=true", BYTES)
+    tokenizer = get_tokenizer(config)
+    train, _ = get_dataloaders(config, tokenizer, skip_valid=True)
+    assert "ord" in tokenizer.decode(next(iter(train))["input_ids"][0])
+    assert (asked["split"], asked["streaming"]) == (split, is_streamed)
+
+
+def test_flags_are_keys_of_one_data_file_only(project: Path):
+    """`+data.insert_valid_eos=False` must not collide with a key that is there already."""
+    for path in (project / "configs/data").glob("*.yaml"):
+        flags = [key for key in yaml.safe_load(path.read_text()) if key.startswith("insert_")]
+        assert len(flags) == (4 if path.stem == "openwebtext-split" else 0), path
+
+
+@pytest.mark.parametrize(
     ("data", "place"),
     [
         ("wikitext2", "Parquet files of its validation split of the subset wikitext-2-raw-v1"),
@@ -218,6 +248,15 @@ def test_one_file_for_both_roles_is_an_error(
     with pytest.raises(ValueError, match="training and the validation set at once"):
         get_dataloaders(config, get_tokenizer(config))
     assert "some text" in valid_text(config)  # evaluation alone may name one file
+
+
+def test_saved_dataset_as_a_local_copy(data_config: Callable[..., DictConfig], tmp_path: Path):
+    """Its .json files are no documents."""
+    rows = datasets.Dataset.from_dict({"text": [" saved @-@ text \n"] * 40, "label": [0] * 40})
+    datasets.DatasetDict({"train": rows, "validation": rows}).save_to_disk(tmp_path / "saved")
+    config = data_config("data=wikitext2", f"data.path={tmp_path}/saved", BYTES)
+    text = valid_text(config)
+    assert "saved-text" in text and "_fingerprint" not in text
 
 
 def test_local_copies_of_every_text_set(
