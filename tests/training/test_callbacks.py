@@ -1,0 +1,98 @@
+"""The moving average during a Lightning run, and the checkpoints that come out of it."""
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from training.callbacks import EMACallback
+
+
+class Line(L.LightningModule):
+    """One weight that grows by 1 with each optimizer step; remembers what validation saw."""
+
+    def __init__(self, *, fail_in_validation: bool = False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.seen: list[float] = []
+        self.fail_in_validation = fail_in_validation
+
+    def training_step(self, batch, batch_idx):
+        return -self.weight.sum()
+
+    def validation_step(self, batch, batch_idx):
+        self.seen.append(self.weight.item())
+        if self.fail_in_validation:
+            raise KeyboardInterrupt
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+
+def fit(model, callback, *, tmp_path, steps=4, resume=None, **settings):
+    callbacks = [callback] if callback else []
+    trainer = L.Trainer(
+        accelerator="cpu", devices=1, max_steps=steps, logger=False, callbacks=callbacks,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+        default_root_dir=tmp_path, num_sanity_val_steps=0, **settings,
+    )  # fmt: skip
+    loader = DataLoader([0.0] * 8, batch_size=1)
+    trainer.fit(model, loader, DataLoader([0.0]), ckpt_path=resume, weights_only=True)
+    return trainer
+
+
+def averages(steps: int, decay: float = 0.9) -> list[float]:
+    """The average of 1, 2, 3, ... that starts from 0, after each step."""
+    shadow, found = 0.0, []
+    for n in range(1, steps + 1):
+        d = min(decay, (1 + n) / (10 + n))
+        shadow = d * shadow + (1 - d) * n
+        found.append(shadow)
+    return found
+
+
+def test_validation_sees_the_average_and_training_goes_on_from_the_weights(tmp_path):
+    """The average was not taken back after use: training continued from it."""
+    model, callback = Line(), EMACallback(0.9)
+    fit(model, callback, tmp_path=tmp_path, val_check_interval=2)
+    expected = averages(4)
+    assert model.seen == pytest.approx([expected[1], expected[3]])
+    assert model.weight.item() == 4.0
+    assert callback.ema.shadow[0].item() == pytest.approx(expected[3])
+
+
+def test_an_interrupted_validation_gives_the_weights_back(tmp_path):
+    model = Line(fail_in_validation=True)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fit(model, EMACallback(0.9), tmp_path=tmp_path, val_check_interval=2)
+    assert model.weight.item() == 2.0
+
+
+def test_accumulated_batches_are_one_update(tmp_path):
+    callback = EMACallback(0.9)
+    fit(Line(), callback, tmp_path=tmp_path, steps=3, accumulate_grad_batches=2)
+    assert callback.ema.num_updates == 3
+
+
+def test_checkpoint_returns(tmp_path):
+    """Two steps, a checkpoint, two more: the average of four in a row."""
+    path = tmp_path / "two.ckpt"
+    fit(Line(), EMACallback(0.9), tmp_path=tmp_path, steps=2).save_checkpoint(path)
+    stored = torch.load(path, weights_only=True)["ema"]
+    assert list(stored) == ["decay", "num_updates", "shadow_params"]
+    assert stored["num_updates"] == 2 and isinstance(stored["shadow_params"], list)
+
+    callback = EMACallback(0.9)
+    fit(Line(), callback, tmp_path=tmp_path, steps=4, resume=path)
+    assert callback.ema.num_updates == 4
+    assert callback.ema.shadow[0].item() == pytest.approx(averages(4)[3])
+
+
+def test_a_checkpoint_without_average_starts_it_from_its_weights(tmp_path):
+    """Written with training.ema=0. The average began at the random weights of the new network."""
+    path = tmp_path / "plain.ckpt"
+    fit(Line(), None, tmp_path=tmp_path, steps=2).save_checkpoint(path)
+    callback = EMACallback(0.9)
+    fit(Line(), callback, tmp_path=tmp_path, steps=3, resume=path)
+    assert callback.ema.shadow[0].item() == pytest.approx(2 + (1 - 2 / 11))

@@ -1,0 +1,280 @@
+"""Reading weights from files that are right, and from files that are not."""
+
+import json
+import zipfile
+
+import huggingface_hub
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from corpora.tokenization import load_tokenizer
+from diffusion import Diffusion
+from models.dit import DIT, DITConfig
+from models.masks import AttentionPattern
+from tests.small_run import ALGOS, overrides
+from training.checkpointing import Weights, load_weights, read_checkpoint, read_weights
+
+
+class Small(nn.Module):
+    """A module with two parameters and an optional buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.Linear(3, 2)
+        self.register_buffer("sampling_eps_min", torch.tensor(0.5))
+
+
+def state(value: float = 1.0) -> dict[str, torch.Tensor]:
+    return {
+        "backbone.weight": torch.full((2, 3), value),
+        "backbone.bias": torch.full((2,), value),
+        "sampling_eps_min": torch.tensor(0.25),
+    }
+
+
+# --- files that cannot be read ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("read", [read_checkpoint, read_weights])
+def test_missing_file(read, tmp_path):
+    with pytest.raises(FileNotFoundError, match="gone.ckpt: there is no such checkpoint"):
+        read(str(tmp_path / "gone.ckpt"))
+
+
+def test_text_file(tmp_path):
+    path = tmp_path / "notes.ckpt"
+    path.write_text("these are notes, not weights\n")
+    with pytest.raises(ValueError, match="notes.ckpt: not a checkpoint that can be read safely"):
+        read_weights(str(path))
+
+
+def test_empty_file(tmp_path):
+    path = tmp_path / "empty.ckpt"
+    path.touch()
+    with pytest.raises(ValueError, match="empty.ckpt: not a checkpoint that can be read safely"):
+        read_weights(str(path))
+
+
+def test_truncated_file(tmp_path):
+    """A copy that was interrupted."""
+    path = tmp_path / "cut.ckpt"
+    torch.save({"state_dict": state()}, path)
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(ValueError, match="cut.ckpt: not a checkpoint that can be read safely"):
+        read_weights(str(path))
+
+
+def test_zip_of_something_else(tmp_path):
+    path = tmp_path / "photos.ckpt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("holiday.txt", "sun")
+    with pytest.raises(ValueError, match="photos.ckpt: not a checkpoint that can be read safely"):
+        read_weights(str(path))
+
+
+class Malicious:
+    """Runs a command where it is unpickled."""
+
+    def __reduce__(self):
+        return print, ("the file's code ran",)
+
+
+def test_code_in_a_checkpoint_does_not_run(tmp_path, capsys):
+    """Checkpoints were unpickled, which runs whatever their author put in."""
+    path = tmp_path / "bad.ckpt"
+    torch.save({"state_dict": state(), "hyper_parameters": Malicious()}, path)
+    with pytest.raises(ValueError, match="bad.ckpt: not a checkpoint that can be read safely"):
+        read_weights(str(path))
+    assert "code ran" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [{"model": {}}, [1, 2], torch.zeros(2)])
+def test_a_torch_file_without_weights(content, tmp_path):
+    path = tmp_path / "other.ckpt"
+    torch.save(content, path)
+    with pytest.raises(ValueError, match="other.ckpt: not a Lightning checkpoint"):
+        read_weights(str(path))
+
+
+def test_a_broken_safetensors_file(tmp_path):
+    path = tmp_path / "broken.safetensors"
+    path.write_bytes(b"no header")
+    with pytest.raises(ValueError, match="broken.safetensors: not a safetensors file"):
+        read_weights(str(path))
+
+
+# --- weights that do not fit -----------------------------------------------------------------
+
+
+def test_all_weights_are_loaded():
+    model = Small()
+    load_weights(model, Weights("file", state(3.0)), use_ema=True)
+    assert torch.equal(model.backbone.weight, torch.full((2, 3), 3.0))
+    assert model.sampling_eps_min == 0.25
+
+
+def test_prefixes_of_a_compiled_network_are_dropped():
+    model = Small()
+    names = {k.replace("backbone.", "backbone._orig_mod."): v for k, v in state(3.0).items()}
+    load_weights(model, Weights("file", names), use_ema=False)
+    assert torch.equal(model.backbone.bias, torch.full((2,), 3.0))
+
+
+def test_derived_buffers_may_be_missing_or_superfluous():
+    """Files of mdlm and sedd have no clipped range; a file of bd3lm may be read without one."""
+    model = Small()
+    tensors = state() | {"sampling_eps_max": torch.tensor(0.9)}
+    del tensors["sampling_eps_min"]
+    load_weights(model, Weights("file", tensors), use_ema=False)
+    assert model.sampling_eps_min == 0.5, "kept"
+
+
+def test_missing_and_unexpected_keys():
+    """Checkpoints were loaded with strict=False: a network of another size kept random weights."""
+    model = Small()
+    before = model.backbone.bias.detach().clone()
+    tensors = {"backbone.bias": torch.zeros(2), "backbone.other": torch.zeros(1)}
+    with pytest.raises(ValueError) as error:
+        load_weights(model, Weights("some/file.ckpt", tensors), use_ema=False)
+    assert "some/file.ckpt: 2 weights do not fit" in str(error.value)
+    assert "missing backbone.weight; unexpected backbone.other" in str(error.value)
+    assert torch.equal(model.backbone.bias, before), "nothing is loaded"
+
+
+def test_wrong_shapes():
+    tensors = state() | {"backbone.weight": torch.zeros(4, 3)}
+    with pytest.raises(ValueError, match=r"weight is \(4, 3\) in the file, \(2, 3\) in the model"):
+        load_weights(Small(), Weights("file", tensors), use_ema=False)
+
+
+def test_only_the_first_problems_are_listed():
+    tensors = state() | {f"extra{i}": torch.zeros(1) for i in range(20)}
+    with pytest.raises(ValueError, match="20 weights do not fit") as error:
+        load_weights(Small(), Weights("file", tensors), use_ema=False)
+    assert str(error.value).count("unexpected") == 5 and str(error.value).endswith("; ...")
+
+
+# --- the moving average ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("use_ema", "value"), [(True, 7.0), (False, 1.0)])
+def test_average_is_used_unless_disabled(use_ema, value):
+    shadow = [torch.full((2, 3), 7.0), torch.full((2,), 7.0)]
+    model = Small()
+    load_weights(model, Weights("file", state(), shadow), use_ema=use_ema)
+    assert (model.backbone.weight == value).all() and (model.backbone.bias == value).all()
+    assert model.sampling_eps_min == 0.25, "buffers are not averaged"
+
+
+def test_average_of_another_network():
+    """The list is positional: one tensor too few would shift all that follow."""
+    weights = Weights("file", state(), [torch.zeros(2, 3)])
+    with pytest.raises(ValueError, match="ema holds 1 tensors, the model has 2 parameters; eval"):
+        load_weights(Small(), weights, use_ema=True)
+    load_weights(Small(), weights, use_ema=False)
+
+
+def test_average_of_wrong_shape():
+    weights = Weights("file", state(), [torch.zeros(2), torch.zeros(2, 3)])
+    with pytest.raises(ValueError, match="2 weights do not fit"):
+        load_weights(Small(), weights, use_ema=True)
+
+
+def test_fine_tuning_takes_the_range_from_its_config():
+    """The clipped-range buffers start from the config, not from the file."""
+    model = Small()
+    load_weights(model, Weights("file", state()).without_clipped_range(), use_ema=False)
+    assert model.sampling_eps_min == 0.5
+
+
+def test_the_range_of_a_file_is_trained_on(compose, tmp_path):
+    model = Diffusion(compose(overrides(tmp_path, *ALGOS["bd3lm"])), load_tokenizer("bytes"))
+    tensors = model.state_dict() | {"sampling_eps_min": torch.tensor(0.3)}
+    load_weights(model, Weights("file", tensors), use_ema=False)
+    assert (model.interval.low, model.interval.high) == (0.3, 1.0)
+
+
+# --- Hub format ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["bd3lm-block_size4", "bd3lm-block_size32-pretrain", "mdlm"])
+def test_hub_directory_gives_the_originals_logits(name, shared):
+    """Weights of a Hub-format directory in our network: the recorded logits within 2e-5."""
+    folder = shared / "golden/hub" / name
+    meta = json.loads((folder / "config.json").read_text())
+    expected = safetensors.torch.load_file(folder / "expected.safetensors")
+    sizes = {k: meta[k] for k in ("vocab_size", "cond_dim", "n_blocks", "n_heads")}
+    block_size = meta.get("block_size", meta["model_length"])
+    module = nn.Module()
+    module.backbone = DIT(
+        DITConfig(**sizes, hidden_size=meta["hidden_dim"], block_size=block_size)
+    )
+    load_weights(module, read_weights(str(folder)), use_ema=True)
+    x, pattern = expected["xt"], AttentionPattern.FULL
+    if meta.get("cross_attn"):
+        x, pattern = torch.cat((x, expected["x0"]), dim=1), AttentionPattern.BLOCK_DIFFUSION
+    with torch.no_grad():
+        logits = module.eval().backbone(x, pattern=pattern)
+    torch.testing.assert_close(logits, expected["logits"], atol=2e-5, rtol=0)
+
+
+def hub_directory(tmp_path, model_type: str):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    safetensors.torch.save_file(state(), tmp_path / "model.safetensors")
+    return tmp_path
+
+
+def test_small_hub_directory(tmp_path):
+    weights = read_weights(str(hub_directory(tmp_path, "bd3lm")))
+    assert weights.shadow_params is None and set(weights.state_dict) == set(state())
+
+
+def test_unknown_model_type(tmp_path):
+    with pytest.raises(ValueError, match="model_type='llama', allowed are bd3lm and mdlm"):
+        read_weights(str(hub_directory(tmp_path, "llama")))
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_incomplete_hub_directory(name, tmp_path):
+    (hub_directory(tmp_path, "mdlm") / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"a Hub-format directory needs {name}"):
+        read_weights(str(tmp_path))
+
+
+def test_config_of_a_hub_directory_is_no_json(tmp_path):
+    (hub_directory(tmp_path, "mdlm") / "config.json").write_text("{cut")
+    with pytest.raises(ValueError, match="config.json: not a JSON file"):
+        read_weights(str(tmp_path))
+
+
+def test_unreachable_hub(monkeypatch):
+    """Without a network the message says which files to put where."""
+
+    def fail(*args, **kwargs):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(FileNotFoundError) as error:
+        read_weights("kuleshov-group/bd3lm-owt-block_size4")
+    message = str(error.value)
+    assert message.startswith("kuleshov-group/bd3lm-owt-block_size4: no such file here")
+    assert "config.json and model.safetensors into a directory" in message
+
+
+def test_hub_download_takes_two_files_and_no_code(monkeypatch, tmp_path):
+    """The repositories hold modeling code of their own; it is neither fetched nor run."""
+    asked = {}
+
+    def download(repository, *, revision, allow_patterns):
+        asked.update(repository=repository, revision=revision, files=tuple(allow_patterns))
+        return str(hub_directory(tmp_path, "mdlm"))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    read_weights("kuleshov-group/mdlm-owt@abc")
+    assert asked == {
+        "repository": "kuleshov-group/mdlm-owt",
+        "revision": "abc",
+        "files": ("config.json", "model.safetensors"),
+    }
