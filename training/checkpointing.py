@@ -4,7 +4,6 @@ Nothing here runs code from a file: checkpoints are read as tensors and plain co
 """
 
 import json
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -59,7 +58,7 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     try:
         with fsspec.open(path, "rb") as file:
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # bytes that are no pickle fail in every possible way
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"{path}: not a checkpoint that can be read safely ({reason})") from error
     if not isinstance(checkpoint, Mapping) or "state_dict" not in checkpoint:
@@ -136,8 +135,11 @@ def _read_hub_directory(directory: str) -> dict[str, Tensor]:
     for name in HUB_FILES:
         if not file_exists(f"{directory}/{name}"):
             raise FileNotFoundError(f"{directory}: a Hub-format directory needs {name}")
-    with fsspec.open(f"{directory}/config.json", "r", encoding="utf-8") as file:
-        model_type = json.load(file).get("model_type")
+    try:
+        with fsspec.open(f"{directory}/config.json", "r", encoding="utf-8") as file:
+            model_type = json.load(file).get("model_type")
+    except ValueError as error:
+        raise ValueError(f"{directory}/config.json: not a JSON file ({error})") from error
     if model_type not in ("bd3lm", "mdlm"):
         raise ValueError(
             f"{directory}/config.json: model_type={model_type!r}, allowed are bd3lm and mdlm"
