@@ -1,0 +1,94 @@
+"""The analytic sampler with an exact score network recovers the distribution."""
+
+import itertools
+
+import pytest
+import torch
+
+from models.masks import AttentionPattern
+from noise_schedule import get_noise
+from sampling.analytic import AnalyticSampler
+from tests.sampling.toys import BOS, MASK, NUM_DRAWS, NUM_TOKENS, V, fit
+
+LENGTH = 4
+# The probability of each token at each position; positions are independent.
+MARGINALS = torch.tensor([[0.2, 0.5, 0.3], [0.7, 0.1, 0.2], [0.05, 0.9, 0.05], [0.4, 0.4, 0.2]])
+
+
+class ExactScore:
+    """p_t(y) / p_t(x): where x is masked q(y) / (e^sigma - 1), and 1 at y = x."""
+
+    def __init__(self):
+        self.sigmas: list[float] = []
+        self.patterns: set[AttentionPattern] = set()
+
+    def __call__(self, x, sigma, *, pattern, kv_cache=None, at=None):
+        self.sigmas.append(sigma[0].item())
+        self.patterns.add(pattern)
+        score = torch.zeros(*x.shape, V).double()
+        ratio = 1 / torch.expm1(sigma[:, None, None].double())
+        score[..., :NUM_TOKENS] = MARGINALS[: x.shape[1]] * ratio
+        score = torch.where((x == MASK)[..., None], score, torch.zeros_like(score))
+        return score.scatter(-1, x[..., None], 1.0).log()
+
+
+def draw(score, *, num_steps, batch_size=NUM_DRAWS, seed=0, **changes):
+    settings = {"bos_index": BOS, "mask_index": MASK, "noise": get_noise("loglinear")}
+    return AnalyticSampler(num_steps=num_steps, **(settings | changes)).sample(
+        score,
+        batch_size=batch_size,
+        length=LENGTH,
+        device=torch.device("cpu"),
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+@pytest.mark.parametrize("noise", ["loglinear", "cosine"])
+@pytest.mark.parametrize("num_steps", [1, 5, 32])
+def test_recovers_the_distribution(num_steps, noise):
+    """With the exact score every number of steps is exact for independent tokens."""
+    output = draw(ExactScore(), num_steps=num_steps, noise=get_noise(noise))
+    expected = {
+        (BOS, *rest): float(torch.stack([MARGINALS[i + 1, t] for i, t in enumerate(rest)]).prod())
+        for rest in itertools.product(range(NUM_TOKENS), repeat=LENGTH - 1)
+    }
+    assert (output.tokens != MASK).all()
+    assert fit(output.tokens, expected) > 1e-3
+
+
+def test_tokens_are_revealed_along_the_way():
+    """The steps carry the work: what the last denoising has to reveal is next to nothing."""
+    masked_before_last = []
+
+    class Watching(ExactScore):
+        def __call__(self, x, sigma, **arguments):
+            masked_before_last.append((x == MASK).float().mean().item())
+            return super().__call__(x, sigma, **arguments)
+
+    draw(Watching(), num_steps=4, batch_size=2000)
+    # Of three free positions in four, the share that is masked at t is p(t) = t.
+    expected = [0.75 * t for t in (1.0, 0.75, 0.5, 0.25, 0.0)]
+    assert masked_before_last == pytest.approx(expected, abs=0.03)
+
+
+def test_the_network_is_told_the_noise_of_each_step():
+    score = ExactScore()
+    output = draw(score, num_steps=4, batch_size=3)
+    noise = get_noise("loglinear")
+    times = torch.linspace(1, 1e-5, 5)
+    assert score.sigmas == pytest.approx(noise.total_noise(times).tolist())
+    assert score.patterns == {AttentionPattern.FULL}
+    assert output.num_forward_passes.tolist() == [5, 5, 5], "T steps and the last denoising"
+
+
+def test_bos_is_given_or_free():
+    assert (draw(ExactScore(), num_steps=2, batch_size=200).tokens[:, 0] == BOS).all()
+    free = draw(ExactScore(), num_steps=2, batch_size=2000, bos_index=None).tokens[:, 0]
+    assert (free == 1).float().mean().item() == pytest.approx(0.5, abs=0.05)
+
+
+def test_the_generator_decides():
+    one, two, other = (
+        draw(ExactScore(), num_steps=3, batch_size=100, seed=s).tokens for s in (0, 0, 1)
+    )
+    assert torch.equal(one, two) and not torch.equal(one, other)

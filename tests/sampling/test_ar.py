@@ -1,0 +1,49 @@
+"""Autoregressive sampling."""
+
+import torch
+
+from models.masks import AttentionPattern
+from sampling.ar import AutoregressiveSampler
+from tests.sampling.toys import BOS, NUM_DRAWS, TableDenoiser, block_by_block, fit
+
+
+def draw(denoiser, *, batch_size=NUM_DRAWS, length=4, seed=0, **settings):
+    return AutoregressiveSampler(bos_index=BOS, **settings).sample(
+        denoiser,
+        batch_size=batch_size,
+        length=length,
+        device=torch.device("cpu"),
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+def test_exact_distribution():
+    """Each token is drawn from what the network says at the position before it."""
+    denoiser = TableDenoiser()
+
+    def next_token(text):
+        """The last entry stands for the token to be drawn."""
+        prefix = text[:-1]
+        probs = denoiser.probs(prefix, len(prefix) - 1)
+        return {(*prefix, token): p for token, p in enumerate(probs)}
+
+    output = draw(denoiser)
+    assert fit(output.tokens, block_by_block(next_token, length=4, block_size=1)) > 1e-3
+    assert denoiser.patterns == {AttentionPattern.CAUSAL}
+
+
+def test_one_pass_per_token_after_bos():
+    denoiser = TableDenoiser()
+    output = draw(denoiser, batch_size=6)
+    assert denoiser.num_calls == 3 and output.num_forward_passes.tolist() == [3] * 6
+    assert (output.tokens[:, 0] == BOS).all()
+
+
+def test_the_generator_decides():
+    one, two, other = (draw(TableDenoiser(), batch_size=100, seed=s).tokens for s in (0, 0, 1))
+    assert torch.equal(one, two) and not torch.equal(one, other)
+
+
+def test_nucleus_applies():
+    tokens = draw(TableDenoiser(), batch_size=100, nucleus_p=1e-9).tokens
+    assert (tokens == tokens[0]).all()
