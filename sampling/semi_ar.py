@@ -64,7 +64,7 @@ class SemiAutoregressiveSampler:
     def _end_of_next_block(self, position: int, *, length: int) -> int:
         """Where the block that `position` lies in ends; mdlm goes on by half a window."""
         if self.pattern is AttentionPattern.FULL and position >= self.block_size:
-            return min(position + self.block_size // 2, length)
+            return min(position + max(1, self.block_size // 2), length)
         return min((position // self.block_size + 1) * self.block_size, length)
 
     def _window_start(self, end: int) -> int:
