@@ -75,6 +75,16 @@ def devices_per_node(devices: int | str | Sequence[int], accelerator: str) -> in
     )
 
 
+def fast_precision() -> str:
+    """Returns mixed bf16 where the hardware multiplies bf16 faster than float32, else float32."""
+    has_fast_bf16 = (
+        torch.cuda.is_available()
+        or torch.cpu._is_avx512_bf16_supported()
+        or torch.cpu._is_amx_tile_supported()
+    )
+    return "bf16-mixed" if has_fast_bf16 else "32-true"
+
+
 def world_size(trainer: DictConfig) -> int:
     """Returns the number of processes of a run, from the section `trainer`."""
     return devices_per_node(trainer["devices"], trainer["accelerator"]) * trainer["num_nodes"]
@@ -92,6 +102,7 @@ def register_resolvers() -> None:
         "cwd": os.getcwd,
         "device_count": device_count,
         "div_up": div_up,
+        "fast_precision": fast_precision,
         "mul": mul,
         "num_cpus": num_cpus,
         "sub": sub,
@@ -413,6 +424,14 @@ def _sampling_steps(config: DictConfig) -> Problems:
         )
 
 
+def _sampling_without_time(config: DictConfig) -> Problems:
+    """The semi-autoregressive samplers keep no time that they could tell the network."""
+    algo = config["algo"]
+    if "sample_eval" in _modes(config) and algo["sampler"] == "semi_ar":
+        if algo["time_conditioning"]:
+            yield "algo.time_conditioning", "allowed with algo.sampler=semi_ar is False"
+
+
 def _kv_cache(config: DictConfig) -> Problems:
     """Keys and values can be kept only where later tokens cannot change them."""
     name = config["algo"]["name"]
@@ -465,6 +484,7 @@ RULES: tuple[Callable[[DictConfig], Problems], ...] = (
     _clip_search_widths,
     _flex_needs_gpu_to_train,
     _sampling_steps,
+    _sampling_without_time,
     _kv_cache,
     _global_batch,
 )

@@ -47,7 +47,12 @@ class Diffusion(L.LightningModule):
     def __init__(self, config: DictConfig, tokenizer: PreTrainedTokenizerBase):
         super().__init__()
         algo, training = config.algo, config.training
-        self.config = config
+        self.config = config  # kept for the checkpoint and the optimizer's section
+        self.seed = config.seed
+        self.antithetic = training.antithetic_sampling
+        self.resample = training.resample
+        self.mdlm_loss_scale = algo.mdlm_loss_scale
+        self.fix_clipping = algo.fix_clipping
         self.is_ar = algo.parameterization == "ar"
         self.ignore_bos = algo.ignore_bos
         self.block_size = config.block_size
@@ -122,12 +127,12 @@ class Diffusion(L.LightningModule):
         t = sample_t(
             shape,
             interval=interval,
-            antithetic=self.config.training.antithetic_sampling,
+            antithetic=self.antithetic,
             device=x_0.device,
         )  # (B, K)
         values = noise_values(
-            self.noise, t, interval=interval, mdlm_loss_scale=self.config.algo.mdlm_loss_scale
-        )
+            self.noise, t, interval=interval, mdlm_loss_scale=self.mdlm_loss_scale
+        )  # each (B, K)
         per_token = values.repeat_interleave(self.block_size if shape[1] > 1 else 1)
         return diffusion_token_losses(
             self.denoiser,
@@ -141,7 +146,7 @@ class Diffusion(L.LightningModule):
     def _sample_x_t(self, x_0: Tensor, *, move_chance: Tensor, interval: ClipInterval) -> Tensor:
         """x_t for p per block (B, K)."""
         shared = {"mask_index": self.mask_index, "ignore_bos": self.ignore_bos}
-        if self.config.training.resample and interval != FULL:
+        if self.resample and interval != FULL:
             return q_xt_within(
                 x_0,
                 move_chance=move_chance,
@@ -230,7 +235,7 @@ class Diffusion(L.LightningModule):
         for interval, score in zip(self.clip_search.intervals, scores, strict=True):
             self.log(logged_name(interval), score)
         is_training = self.trainer.state.fn == "fit" and not self.trainer.sanity_checking
-        if is_training and not self.config.algo.fix_clipping:
+        if is_training and not self.fix_clipping:
             self.set_interval(self.clip_search.best())
         self.log("sampling_eps_min", self.sampling_eps_min)
         self.log("sampling_eps_max", self.sampling_eps_max)
@@ -248,9 +253,7 @@ class Diffusion(L.LightningModule):
             checkpoint["sampling_eps_max"] = self.sampling_eps_max
 
     def _seed(self, stream: int, batch_number: int) -> None:
-        torch.manual_seed(
-            derive_seed(self.config.seed, stream, self.global_rank, batch_number)
-        )
+        torch.manual_seed(derive_seed(self.seed, stream, self.global_rank, batch_number))
 
 
 def _read_clipped_range(module: Diffusion, _incompatible_keys: Any) -> None:

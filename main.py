@@ -17,7 +17,13 @@ from evaluation import ppl_eval, sample_eval
 from report import draw_training_curve
 from training.callbacks import EMACallback
 from training.checkpointing import load_weights, read_weights
-from utils import absolute_path, file_exists, get_logger, lightning_precision
+from utils import (
+    absolute_path,
+    file_exists,
+    get_logger,
+    lightning_precision,
+    quiet_known_noise,
+)
 
 logger = get_logger(__name__)
 register_resolvers()
@@ -69,7 +75,8 @@ def wandb_arguments(config: DictConfig) -> dict:
     is_decided = "offline" in arguments or "WANDB_MODE" in os.environ
     if not is_decided and not wandb.login(prompt=False, verify=False):
         logger.warning("wandb: no API key, logging offline (`wandb login`, or wandb=null for none)")
-        arguments["offline"] = True
+        # `mode` too: asking for the key has fixed wandb's settings, which `offline` would go by.
+        arguments |= {"offline": True, "mode": "offline"}
     return arguments
 
 
@@ -91,6 +98,7 @@ def build_trainer(config: DictConfig, *, is_training: bool) -> L.Trainer:
         default_root_dir=os.getcwd(),
         callbacks=callbacks,
         logger=loggers,
+        enable_model_summary=False,
         precision=lightning_precision(config.trainer.precision),
         strategy=hydra.utils.instantiate(config.strategy) if is_parallel else "auto",
         use_distributed_sampler=False,  # the data loaders know their rank
@@ -126,6 +134,8 @@ def train(config: DictConfig) -> None:
     if config.training.from_pretrained is not None:
         weights = read_weights(config.training.from_pretrained)
         load_weights(model, weights.without_clipped_range(), use_ema=False)
+    num_parameters = sum(p.numel() for p in model.parameters())
+    logger.info("%s: %.1f M parameters", config.algo.name, num_parameters / 1e6)
     trainer = build_trainer(config, is_training=True)
     train_loader, valid_loader = get_dataloaders(
         config, tokenizer, rank=trainer.global_rank, world_size=trainer.world_size
@@ -151,6 +161,7 @@ def run(config: DictConfig, *, launch_dir: str) -> None:
         config: the composed configuration; its relative paths are made absolute in place.
         launch_dir: where the command was typed.
     """
+    quiet_known_noise()
     validate(config)
     for warning in ignored_key_warnings(config):
         logger.warning(warning)

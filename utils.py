@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import math
+import warnings
 from pathlib import Path
 
 import fsspec
@@ -24,6 +25,18 @@ def get_logger(name: str) -> logging.Logger:
     if not any(isinstance(f, _RankZeroFilter) for f in logger.filters):
         logger.addFilter(_RankZeroFilter())
     return logger
+
+
+def quiet_known_noise() -> None:
+    """Silence what Lightning and its libraries say in every run and nobody can act on."""
+    for message in (
+        "`isinstance\\(treespec",
+        ".*set_vital.* is deprecated",
+        "The '.*_dataloader' does not have many workers",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    advertisement = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    advertisement.addFilter(lambda record: "litlogger" not in record.getMessage())
 
 
 def derive_seed(*parts: int) -> int:

@@ -95,6 +95,10 @@ REFUSED = [
         "algo.var_min=True: allowed with algo.cross_attn=False is False",
     ),
     (
+        ["mode=sample_eval", "algo.time_conditioning=true"],
+        "algo.time_conditioning=True: allowed with algo.sampler=semi_ar is False",
+    ),
+    (
         ["algo=ar", "algo.mdlm_loss_scale=true"],
         "algo.mdlm_loss_scale=True: allowed with algo.name=ar is False",
     ),
