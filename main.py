@@ -15,7 +15,7 @@ from dataloader import get_dataloaders, get_tokenizer
 from diffusion import Diffusion
 from evaluation import ppl_eval, sample_eval
 from report import draw_training_curve
-from training.callbacks import EMACallback
+from training.callbacks import EMACallback, LastCheckpoint
 from training.checkpointing import load_weights, read_weights
 from utils import (
     absolute_path,
@@ -88,6 +88,8 @@ def build_trainer(config: DictConfig, *, is_training: bool) -> L.Trainer:
         callbacks += [hydra.utils.instantiate(c) for c in config.callbacks.values()]
         if config.training.ema > 0:
             callbacks.append(EMACallback(config.training.ema))
+        last = absolute_path("checkpoints/last.ckpt", base=config.checkpointing.save_dir)
+        callbacks.append(LastCheckpoint(last))
         loggers = build_loggers(config)
     is_parallel = world_size(config.trainer) > 1
     # An integer interval counts batches across epochs, a float is a fraction of each epoch.

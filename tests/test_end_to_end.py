@@ -161,6 +161,19 @@ def test_resumed_run_equals_an_uninterrupted_one(case, run, tmp_path):
         assert first["state_dict"]["sampling_eps_max"] - first["state_dict"]["sampling_eps_min"] < 1
 
 
+def test_a_run_between_two_checkpoints_keeps_its_end(run, tmp_path):
+    """A run shorter than the interval of checkpoints left nothing to evaluate or to resume."""
+    settings = [*ALGOS["bd3lm"], "callbacks.checkpoint_every_n_steps.every_n_train_steps=500",
+                "trainer.val_check_interval=500", "checkpointing.save_dir=kept"]  # fmt: skip
+    last = tmp_path / "kept/checkpoints/last.ckpt"
+    run("begin", *settings, "trainer.max_steps=1")
+    assert load(last)["ema"]["num_updates"] == load(last)["global_step"] == 1
+    run("resume", *settings, "trainer.max_steps=3")
+    straight = [*settings, "trainer.max_steps=3", "checkpointing.save_dir=straight"]
+    run("straight", *straight)
+    assert_same(load(last), load(tmp_path / "straight/checkpoints/last.ckpt"))
+
+
 def test_a_fresh_run_does_not_resume(run, tmp_path):
     """Without the switch, last.ckpt in save_dir is left alone."""
     settings = [*ALGOS["ar"], "trainer.max_steps=2", "checkpointing.save_dir=kept"]

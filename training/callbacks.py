@@ -3,6 +3,7 @@
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import Checkpoint
 
 from models.ema import ExponentialMovingAverage
 
@@ -70,3 +71,24 @@ class EMACallback(L.Callback):
         if self.ema is not None and self._is_swapped != to_average:
             self.ema.swap(pl_module.parameters())
             self._is_swapped = to_average
+
+
+class LastCheckpoint(Checkpoint):
+    """Writes a checkpoint where training ends between two regular ones.
+
+    At the last batch rather than after it: Lightning closes the epoch then, and a run that resumes
+    would begin the next one instead of going on with this one.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
+    ) -> None:
+        is_last_step = 0 <= trainer.max_steps <= trainer.global_step
+        if is_last_step or trainer.should_stop:  # the latter by trainer.max_time
+            trainer.save_checkpoint(self.path)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from training.callbacks import EMACallback
+from training.callbacks import EMACallback, LastCheckpoint
 
 
 class Line(L.LightningModule):
@@ -31,10 +31,10 @@ class Line(L.LightningModule):
 
 
 def fit(model, callback, *, tmp_path, steps=4, resume=None, **settings):
-    callbacks = [callback] if callback else []
+    callbacks = callback if isinstance(callback, list) else [callback] if callback else []
     trainer = L.Trainer(
         accelerator="cpu", devices=1, max_steps=steps, logger=False, callbacks=callbacks,
-        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
         default_root_dir=tmp_path, num_sanity_val_steps=0, **settings,
     )  # fmt: skip
     loader = DataLoader([0.0] * 8, batch_size=1)
@@ -96,3 +96,25 @@ def test_a_checkpoint_without_average_starts_it_from_its_weights(tmp_path):
     callback = EMACallback(0.9)
     fit(Line(), callback, tmp_path=tmp_path, steps=3, resume=path)
     assert callback.ema.shadow[0].item() == pytest.approx(2 + (1 - 2 / 11))
+
+
+class StopAfter(L.Callback):
+    """Stops as trainer.max_time does, after a number of steps."""
+
+    def __init__(self, steps: int):
+        self.steps = steps
+
+    def on_train_batch_end(self, trainer, *args):
+        trainer.should_stop = trainer.global_step >= self.steps
+
+
+@pytest.mark.parametrize("stop", ["max_steps", "max_time"])
+def test_the_end_of_training_is_kept(stop, tmp_path):
+    """A run that ended between two checkpoints lost what it had learnt since the last one."""
+    path, ema = tmp_path / "last.ckpt", EMACallback(0.9)
+    stopper = [StopAfter(2)] if stop == "max_time" else []
+    steps = 2 if stop == "max_steps" else 100
+    fit(Line(), [LastCheckpoint(str(path)), ema, *stopper], tmp_path=tmp_path, steps=steps)
+    checkpoint = torch.load(path, weights_only=True)
+    assert checkpoint["global_step"] == checkpoint["ema"]["num_updates"] == 2
+    assert checkpoint["state_dict"]["weight"].item() == 2.0
