@@ -88,8 +88,7 @@ def build_trainer(config: DictConfig, *, is_training: bool) -> L.Trainer:
         callbacks += [hydra.utils.instantiate(c) for c in config.callbacks.values()]
         if config.training.ema > 0:
             callbacks.append(EMACallback(config.training.ema))
-        last = absolute_path("checkpoints/last.ckpt", base=config.checkpointing.save_dir)
-        callbacks.append(LastCheckpoint(last))
+        callbacks.append(LastCheckpoint())
         loggers = build_loggers(config)
     is_parallel = world_size(config.trainer) > 1
     # An integer interval counts batches across epochs, a float is a fraction of each epoch.

@@ -161,6 +161,20 @@ def test_resumed_run_equals_an_uninterrupted_one(case, run, tmp_path):
         assert first["state_dict"]["sampling_eps_max"] - first["state_dict"]["sampling_eps_min"] < 1
 
 
+def test_resuming_right_after_a_validation(run, tmp_path):
+    """The step's checkpoint was older than its validation: the range that it found was lost."""
+    settings = [*ALGOS["bd3lm"], "algo.clip_search_widths=[0.3]", "trainer.val_check_interval=3"]
+    straight = run("straight", *settings, "trainer.max_steps=5")
+    begun = run("begin", *settings, "trainer.max_steps=3", "checkpointing.save_dir=kept",
+                "callbacks.checkpoint_every_n_steps.every_n_train_steps=3")  # fmt: skip
+    last = tmp_path / "kept/checkpoints/last.ckpt"
+    assert load(last)["sampling_eps_min"] == pytest.approx(logged(begun, "sampling_eps_min")[-1])
+    assert load(last)["sampling_eps_min"] > 0.1, "the search has found a range"
+    resumed = run("resume", *settings, "trainer.max_steps=5", "checkpointing.save_dir=kept")
+    assert_same(load(straight / "checkpoints/last.ckpt"), load(last))
+    assert logged(resumed, "val/nll") == [], "the validation is not done twice"
+
+
 def test_a_run_between_two_checkpoints_keeps_its_end(run, tmp_path):
     """A run shorter than the interval of checkpoints left nothing to evaluate or to resume."""
     settings = [*ALGOS["bd3lm"], "callbacks.checkpoint_every_n_steps.every_n_train_steps=500",

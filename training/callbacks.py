@@ -3,7 +3,7 @@
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
 from models.ema import ExponentialMovingAverage
 
@@ -74,21 +74,29 @@ class EMACallback(L.Callback):
 
 
 class LastCheckpoint(Checkpoint):
-    """Writes a checkpoint where training ends between two regular ones.
+    """Keeps last.ckpt up to date where regular checkpoints, every so many steps, leave a gap.
 
-    At the last batch rather than after it: Lightning closes the epoch then, and a run that resumes
-    would begin the next one instead of going on with this one.
-
-    Args:
-        path: the file.
+    - Where training ends between two of them. At the last batch: Lightning closes the epoch after
+      it, and a run that resumes from a checkpoint of then begins a new epoch instead of going on.
+    - Where a validation follows one of the same step, which lacks the clipped range that it found.
     """
-
-    def __init__(self, path: str):
-        self.path = path
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
     ) -> None:
         is_last_step = 0 <= trainer.max_steps <= trainer.global_step
         if is_last_step or trainer.should_stop:  # the latter by trainer.max_time
-            trainer.save_checkpoint(self.path)
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._save(trainer, only_step=trainer.global_step)
+
+    def _save(self, trainer: L.Trainer, *, only_step: int | None = None) -> None:
+        """Have last.ckpt written; `only_step`: only over a checkpoint of that step."""
+        for callback in trainer.checkpoint_callbacks:
+            if not isinstance(callback, ModelCheckpoint) or not callback.save_last:
+                continue
+            # Not public; saving past the callback would leave a last-v1.ckpt beside last.ckpt.
+            if only_step is None or callback._last_global_step_saved == only_step:
+                callback._save_last_checkpoint(trainer, callback._monitor_candidates(trainer))

@@ -3,6 +3,7 @@
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -111,10 +112,12 @@ class StopAfter(L.Callback):
 @pytest.mark.parametrize("stop", ["max_steps", "max_time"])
 def test_the_end_of_training_is_kept(stop, tmp_path):
     """A run that ended between two checkpoints lost what it had learnt since the last one."""
-    path, ema = tmp_path / "last.ckpt", EMACallback(0.9)
+    regular = ModelCheckpoint(dirpath=tmp_path, save_last=True, every_n_train_steps=500)
     stopper = [StopAfter(2)] if stop == "max_time" else []
     steps = 2 if stop == "max_steps" else 100
-    fit(Line(), [LastCheckpoint(str(path)), ema, *stopper], tmp_path=tmp_path, steps=steps)
-    checkpoint = torch.load(path, weights_only=True)
+    callbacks = [regular, LastCheckpoint(), EMACallback(0.9), *stopper]
+    fit(Line(), callbacks, tmp_path=tmp_path, steps=steps)
+    assert [p.name for p in tmp_path.glob("*.ckpt")] == ["last.ckpt"]
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == checkpoint["ema"]["num_updates"] == 2
     assert checkpoint["state_dict"]["weight"].item() == 2.0
