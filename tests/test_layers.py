@@ -20,6 +20,7 @@ LEVELS = {
     "models": 1,
     "utils": 1,
     "metrics": 1,
+    "sample_log": 1,
     "noise_schedule": 1,
     "report": 1,
 }

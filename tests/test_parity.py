@@ -13,6 +13,7 @@ from tests.parity.__main__ import CHECKS, folder_rows, main, table_of
 from tests.parity.arithmetic import clip_rows, ema_rows, noise_rows
 from tests.parity.network import backbone_rows, loss_rows
 from tests.parity.rows import Row, relative
+from tests.parity.scoring import score_rows, scorer_rows
 from tests.parity.text import data_rows, detokenizer_rows
 
 BACKBONES = ["ar", "bd3lm", "bd3lm_bs1", "bd3lm_full", "mdlm", "sedd"]
@@ -75,6 +76,24 @@ def test_data(golden):
     assert_all_ok(data_rows(golden / "data.json"))
 
 
+def test_scores(golden):
+    assert_all_ok(score_rows(golden / "gen_ppl.json"))
+
+
+def test_scorer(golden):
+    assert_all_ok(scorer_rows(golden / "tiny-gpt2"))
+
+
+@pytest.mark.parametrize("key", ["gen_ppl", "entropy", "gen_length"])
+def test_a_spoilt_score_fails(golden, tmp_path, key):
+    (tmp_path / "tiny-gpt2").symlink_to(golden / "tiny-gpt2")
+    entries = json.loads((golden / "gen_ppl.json").read_text())[:3]
+    entries[1][key] *= 1.001
+    (tmp_path / "gen_ppl.json").write_text(json.dumps(entries))
+    statuses = [row.status for row in score_rows(tmp_path / "gen_ppl.json")]
+    assert statuses.count("NOT OK") == 2, "one per batch size"
+
+
 def test_every_golden_file_has_a_row(golden):
     """A file that no pattern matches would be passed over in silence."""
     matched = {path for pattern in CHECKS for path in golden.glob(pattern)}
@@ -88,8 +107,8 @@ def test_every_golden_file_has_a_row(golden):
 
 
 def test_what_is_not_checked_is_not_ok(golden, tmp_path):
-    for name in ("gen_ppl.json", "lightning"):
-        (tmp_path / name).symlink_to(golden / name)
+    (tmp_path / "lightning").symlink_to(golden / "lightning")
+    shutil.copy(golden / "gen_ppl.json", tmp_path)  # without the scorer
     statuses = [row.status for row in folder_rows(tmp_path)]
     assert statuses == ["not yet"] * 5
     assert main([str(tmp_path)]) == 2, "nothing was compared, so nothing was found to be right"

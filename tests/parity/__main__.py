@@ -17,6 +17,7 @@ from rich.table import Table
 from tests.parity.arithmetic import clip_rows, ema_rows, noise_rows
 from tests.parity.network import backbone_rows, loss_rows
 from tests.parity.rows import Row
+from tests.parity.scoring import score_rows, scorer_rows
 from tests.parity.text import data_rows, detokenizer_rows
 
 # In the order of the table. A pattern without a function is for parts that do not exist yet.
@@ -28,8 +29,8 @@ CHECKS: dict[str, Callable[[Path], Iterable[Row]] | None] = {
     "loss_*.safetensors": loss_rows,
     "data.json": data_rows,
     "detokenizers.json": detokenizer_rows,
-    "gen_ppl.json": None,
-    "tiny-gpt2": None,
+    "gen_ppl.json": score_rows,
+    "tiny-gpt2": scorer_rows,
     "hub/*": None,
     "ssd_lm": None,
     "lightning/*.ckpt": None,

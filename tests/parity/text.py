@@ -82,13 +82,18 @@ def differences(entry: dict, ids: np.ndarray) -> list[str]:
     return [fact for fact, value in found.items() if value != entry[fact]]
 
 
-def data_rows(path: Path) -> Iterator[Row]:
-    """Row counts, ends and hashes of each set and tokenizer under all flag settings.
+def data_folder(path: Path) -> Path | None:
+    """Where documents and tokenizers of a golden file lie; None if they are missing.
 
-    The documents lie in `data/` beside the folder, as in `../shared`, or in `../shared` itself.
+    That is `data/` beside the file's folder, as in `../shared`, or in `../shared` itself.
     """
     beside = path.resolve().parent.parent / "data"
-    data = next((folder for folder in (beside, SHARED_DATA) if folder.is_dir()), None)
+    return next((folder for folder in (beside, SHARED_DATA) if folder.is_dir()), None)
+
+
+def data_rows(path: Path) -> Iterator[Row]:
+    """Row counts, ends and hashes of each set and tokenizer under all flag settings."""
+    data = data_folder(path)
     entries = json.loads(path.read_text())
     for (dataset, tokenizer), group in itertools.groupby(
         entries, key=lambda entry: (entry["dataset"], entry["tokenizer"])
