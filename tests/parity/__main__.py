@@ -18,6 +18,7 @@ from tests.parity.arithmetic import clip_rows, ema_rows, noise_rows
 from tests.parity.network import backbone_rows, loss_rows
 from tests.parity.rows import Row
 from tests.parity.scoring import score_rows, scorer_rows
+from tests.parity.ssd_lm import ssd_rows
 from tests.parity.text import data_rows, detokenizer_rows
 
 # In the order of the table. A pattern without a function is for parts that do not exist yet.
@@ -32,7 +33,7 @@ CHECKS: dict[str, Callable[[Path], Iterable[Row]] | None] = {
     "gen_ppl.json": score_rows,
     "tiny-gpt2": scorer_rows,
     "hub/*": None,
-    "ssd_lm": None,
+    "ssd_lm": ssd_rows,
     "lightning/*.ckpt": None,
 }
 STYLES = {"ok": "green", "NOT OK": "bold red", "not yet": "yellow"}
