@@ -1,5 +1,6 @@
 """The Lightning module: one training step, validation with the range search, the optimizer."""
 
+from collections.abc import Callable
 from typing import Any
 
 import hydra
@@ -23,10 +24,12 @@ from models.dit import DIT, DITConfig
 from models.masks import AttentionPattern
 from noise_schedule import get_noise
 from objectives import Denoiser, ar_token_losses, diffusion_token_losses, masked_mean
+from sampling.base import SamplerOutput, blank_canvas
+from sampling.options import SamplingOptions, make_sampler
 from utils import derive_seed
 
-# Random numbers of training and validation come from different streams of one seed.
-TRAIN_STREAM, VALIDATION_STREAM = 0, 1
+# Random numbers of different purposes come from different streams of one seed.
+TRAIN_STREAM, VALIDATION_STREAM, SAMPLE_STREAM = 0, 1, 2
 
 
 class Diffusion(L.LightningModule):
@@ -56,7 +59,10 @@ class Diffusion(L.LightningModule):
         self.is_ar = algo.parameterization == "ar"
         self.ignore_bos = algo.ignore_bos
         self.block_size = config.block_size
+        self.length = config.model.length
+        self.sampler_name = algo.sampler
         self.mask_index, vocab_size = mask_index_and_vocab_size(tokenizer)
+        self.bos_index, self.eos_index = tokenizer.bos_token_id, tokenizer.eos_token_id
         self.noise = get_noise(config.noise.type)
         self.backbone = DIT(
             DITConfig(
@@ -240,6 +246,80 @@ class Diffusion(L.LightningModule):
         self.log("sampling_eps_min", self.sampling_eps_min)
         self.log("sampling_eps_max", self.sampling_eps_max)
         self.clip_search.reset()
+
+    # --- sampling --------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        canvas: Tensor | None = None,
+        *,
+        num_samples: int = 1,
+        length: int | None = None,
+        options: SamplingOptions | None = None,
+        seed: int = 0,
+        first_row: int = 0,
+        max_retries: int = 10,
+        on_step: Callable[[Tensor], None] | None = None,
+    ) -> SamplerOutput:
+        """Sample token rows with this algorithm's sampler.
+
+            output = model.generate(num_samples=4, options=SamplingOptions(nucleus_p=0.9))
+            texts = [tokenizer.decode(row[:n]) for row, n in zip(output.tokens, output.lengths)]
+
+        Every row has its own stream of random numbers, which depends on `seed` and the row's
+        number alone: the same rows come out in batches of any size.
+
+        Args:
+            canvas: (B, N) int64, tokens to keep and `mask_index` where to write; position 0 is
+                given. None: `num_samples` rows of BOS and masks.
+            num_samples: B where there is no canvas.
+            length: N where there is no canvas; by default the length of training.
+            options: what to ask of the sampler; the default is the paper's procedure.
+            seed: of all rows.
+            first_row: number of the first row; a later batch goes on where the last one ended.
+            max_retries: how often a row that degenerates is drawn again.
+            on_step: called with the tokens (B, N) after each forward pass.
+
+        Returns:
+            The rows. One that degenerated in the last attempt too has `accepted` False.
+        """
+        options = options or SamplingOptions()
+        if canvas is None:
+            canvas = blank_canvas(
+                num_samples,
+                length or self.length,
+                bos_index=self.bos_index,
+                mask_index=self.mask_index,
+                device=self.device,
+            )
+        sampler = make_sampler(
+            self.sampler_name,
+            options,
+            block_size=self.block_size,
+            is_block_causal=self.pattern is AttentionPattern.BLOCK_DIFFUSION,
+            mask_index=self.mask_index,
+            eos_index=self.eos_index,
+            noise=self.noise,
+        )
+        numbers = range(first_row, first_row + len(canvas))
+
+        def draw(rows: list[int], *, attempt: int) -> SamplerOutput:
+            generators = [self._row_generator(seed, numbers[row], attempt) for row in rows]
+            return sampler.sample(
+                self.denoiser, canvas[rows], generator=generators, on_step=on_step
+            )
+
+        output = draw(list(range(len(canvas))), attempt=0)
+        for attempt in range(1, max_retries + 1):
+            rejected = (~output.accepted).nonzero()[:, 0].tolist()
+            if not rejected:
+                break
+            output = output.replace_rows(rejected, draw(rejected, attempt=attempt))
+        return output
+
+    def _row_generator(self, seed: int, row: int, attempt: int) -> torch.Generator:
+        generator = torch.Generator(self.device)
+        return generator.manual_seed(derive_seed(seed, SAMPLE_STREAM, row, attempt))
 
     # --- checkpoints -----------------------------------------------------------------------------
 

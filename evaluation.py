@@ -1,6 +1,7 @@
 """Evaluation of a trained model: likelihood (`ppl_eval`) and samples (`sample_eval`)."""
 
 import csv
+import dataclasses
 import hashlib
 import io
 import json
@@ -20,16 +21,11 @@ from transformers import PreTrainedTokenizerBase
 from dataloader import get_dataloaders, get_tokenizer
 from diffusion import Diffusion
 from metrics import token_entropy
-from models.masks import AttentionPattern
 from report import print_table
-from sampling.analytic import AnalyticSampler
-from sampling.ar import AutoregressiveSampler
-from sampling.base import Sampler
-from sampling.semi_ar import SemiAutoregressiveSampler
+from sampling.options import SMALL_VOCABULARY, SamplingOptions
 from training.checkpointing import load_weights, read_weights
 from utils import (
     absolute_path,
-    derive_seed,
     file_exists,
     get_logger,
     lightning_precision,
@@ -39,7 +35,6 @@ from utils import (
 
 logger = get_logger(__name__)
 
-SAMPLE_STREAM = 2
 SAMPLE_COLUMNS = ("gen_ppl", "gen_nfes", "gen_entropy", "gen_lengths", "samples", "seed")
 
 
@@ -88,31 +83,42 @@ def ppl_eval(config: DictConfig, trainer: L.Trainer) -> str:
     return path
 
 
-def build_sampler(config: DictConfig, model: Diffusion, *, bos_index: int) -> Sampler:
-    """The sampler that `algo.sampler` and the keys under `sampling` ask for."""
-    nucleus_p = config.sampling.nucleus_p
-    if config.algo.sampler == "ar":
-        return AutoregressiveSampler(bos_index=bos_index, nucleus_p=nucleus_p)
-    if config.algo.sampler == "analytic":
-        return AnalyticSampler(
-            noise=model.noise,
-            num_steps=config.algo.T,
-            bos_index=bos_index if config.algo.ignore_bos else None,
-            mask_index=model.mask_index,
-            nucleus_p=nucleus_p,
-        )
-    is_block = config.algo.cross_attn
-    return SemiAutoregressiveSampler(
-        block_size=config.block_size,
-        bos_index=bos_index,
-        mask_index=model.mask_index,
-        pattern=AttentionPattern.BLOCK_CAUSAL if is_block else AttentionPattern.FULL,
-        nucleus_p=nucleus_p,
-        num_steps=None if config.sampling.first_hitting else config.algo.T,
+def sampling_options(config: DictConfig) -> SamplingOptions:
+    """The keys under `sampling` and `algo.T` as the samplers take them.
+
+    The entropy rule is switched off, with a warning, for tokenizers of a small vocabulary: it is
+    made for GPT-2's, and would reject every text of, say, letters.
+    """
+    sampling = config.sampling
+    return SamplingOptions(
+        first_hitting=sampling.first_hitting,
+        num_steps=config.algo.T,
+        kv_cache=sampling.kv_cache,
+        nucleus_p=sampling.nucleus_p,
+        nucleus_rule=sampling.nucleus_rule,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        tokens_per_step=sampling.tokens_per_step,
+        confidence_threshold=sampling.confidence_threshold,
+        var_length=sampling.var_length,
+        stop_on_eos=sampling.stop_on_eos,
+        min_entropy=sampling.min_entropy,
     )
 
 
-@torch.no_grad()
+def suit_vocabulary(options: SamplingOptions, *, vocab_size: int) -> SamplingOptions:
+    """The options without the entropy rule where the vocabulary is too small for it."""
+    if options.min_entropy is None or vocab_size >= SMALL_VOCABULARY:
+        return options
+    logger.warning(
+        "sampling.min_entropy=%s is off: it is made for large vocabularies, and ordinary text of "
+        "%d symbols may have less entropy; sampling.min_entropy=null says so without a warning",
+        options.min_entropy,
+        vocab_size,
+    )
+    return dataclasses.replace(options, min_entropy=None)
+
+
 def sample_eval(config: DictConfig) -> str | None:
     """Draw `sampling.num_sample_batches` batches, print them and write one CSV row per sample.
 
@@ -122,31 +128,33 @@ def sample_eval(config: DictConfig) -> str | None:
     """
     if rank_zero_only.rank != 0:
         return None
+    options = sampling_options(config)
     tokenizer = get_tokenizer(config)
     device = resolve_device(config.trainer.accelerator)
     model = load_model(config, tokenizer).to(device)
-    sampler = build_sampler(config, model, bos_index=tokenizer.bos_token_id)
+    options = suit_vocabulary(options, vocab_size=model.backbone.config.vocab_size)
     is_bf16 = lightning_precision(config.trainer.precision).startswith("bf16")
+    batch_size = config.loader.eval_batch_size
     rows = []
     for batch in track(range(config.sampling.num_sample_batches), description="Sampling"):
-        generator = torch.Generator(device)
-        generator.manual_seed(derive_seed(config.seed, SAMPLE_STREAM, batch))
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_bf16):
-            output = sampler.sample(
-                model.denoiser,
-                batch_size=config.loader.eval_batch_size,
-                length=config.model.length,
-                device=device,
-                generator=generator,
+            output = model.generate(
+                num_samples=batch_size,
+                options=options,
+                seed=config.seed,
+                first_row=batch * batch_size,
+                max_retries=config.sampling.max_retries,
             )
-        texts = tokenizer.batch_decode(output.tokens)
-        for text, tokens, nfe in zip(texts, output.tokens, output.num_forward_passes, strict=True):
+        for tokens, length, nfe in zip(
+            output.tokens, output.lengths, output.num_forward_passes, strict=True
+        ):
+            text = tokenizer.decode(tokens[:length])
             Console().print(Panel(text, title=f"sample {len(rows) + 1}"), markup=False)
             rows.append(
                 {
                     "gen_nfes": int(nfe),
-                    "gen_entropy": token_entropy(tokens),
-                    "gen_lengths": len(tokens),
+                    "gen_entropy": token_entropy(tokens[:length]),
+                    "gen_lengths": int(length),
                     "samples": text,
                     "seed": config.seed,
                 }

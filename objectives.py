@@ -111,6 +111,10 @@ class Denoiser:
             logits_at=logits_at,
         )
 
+    def make_cache(self, batch_size: int, *, capacity: int) -> KVCache:
+        """An empty KV cache for the network."""
+        return self.backbone.make_cache(batch_size, capacity=capacity)
+
     def __call__(
         self,
         x: Tensor,

@@ -271,6 +271,22 @@ class DIT(nn.Module):
             condition = condition[:, :num_outputs]
         return self.output_layer(x, condition=condition, logits_at=logits_at)
 
+    def make_cache(self, batch_size: int, *, capacity: int) -> KVCache:
+        """An empty cache for this network, of the precision that its keys have right now."""
+        weight = self.vocab_embed.embedding
+        dtype = weight.dtype
+        if torch.is_autocast_enabled(weight.device.type):
+            dtype = torch.get_autocast_dtype(weight.device.type)
+        return KVCache(
+            n_layers=len(self.blocks),
+            batch_size=batch_size,
+            n_heads=self.config.n_heads,
+            capacity=capacity,
+            head_dim=self.config.head_dim,
+            device=weight.device,
+            dtype=dtype,
+        )
+
     def condition(self, sigma: Tensor | None, *, indices: Tensor) -> Tensor | None:
         """The conditioning vectors (B or 1, T or 1, C); None for a network without adaLN."""
         if not self.config.adaln:

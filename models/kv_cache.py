@@ -11,9 +11,15 @@ class KVCache:
     the committed ones and attends to both; only `commit` makes them stay. So a block may be
     denoised many times over the same cache, and is stored when it is final.
 
+    The buffers are a ring: once they are full, new tokens take the place of the oldest. Their order
+    does not matter to attention, and the rotation that keys carry is relative.
+
     Args:
         n_layers, batch_size, n_heads, capacity, head_dim: the buffers' sizes; capacity in tokens.
         device, dtype: of the buffers; the dtype is that of the network's keys.
+
+    Attributes:
+        num_tokens: tokens committed so far, also those that have left the ring.
     """
 
     def __init__(
@@ -37,22 +43,25 @@ class KVCache:
         """Write T tentative keys and values (B, H, T, d) and return all that a query may see.
 
         Returns:
-            Views (B, H, num_tokens + T, d) of the buffers; nothing is copied.
+            Views (B, H, S, d) of the buffers, S = min(num_tokens + T, capacity): nothing is copied.
+            Until the ring is full they are in order, the new tokens last.
 
         Raises:
-            ValueError: if the tokens do not fit.
+            ValueError: if the tokens do not fit into one piece of the ring.
         """
-        end = self.num_tokens + k.shape[2]
-        if end > self.capacity:
+        size, end = k.shape[2], self.num_tokens + k.shape[2]
+        slot = self.num_tokens % self.capacity
+        if slot + size > self.capacity:
             raise ValueError(
-                f"KV cache is full: {self.num_tokens} tokens stored, {k.shape[2]} more asked for, "
-                f"capacity {self.capacity}"
+                f"KV cache: {size} more tokens behind {self.num_tokens} do not fit in one piece "
+                f"into a ring of {self.capacity}; store them in smaller pieces"
             )
         keys, values = self._buffer[layer]
+        keys[:, :, slot : slot + size] = k
+        values[:, :, slot : slot + size] = v
         self._num_written = end
-        keys[:, :, self.num_tokens : end] = k
-        values[:, :, self.num_tokens : end] = v
-        return keys[:, :, :end], values[:, :, :end]
+        seen = min(end, self.capacity)
+        return keys[:, :, :seen], values[:, :, :seen]
 
     def commit(self, num_tokens: int) -> None:
         """Keep the first `num_tokens` of the last forward pass's tokens.

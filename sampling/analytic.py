@@ -1,6 +1,7 @@
 """The analytic (tweedie) sampler of SEDD, absorbing process (arXiv 2310.16834, section 4)."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +11,9 @@ from models.masks import AttentionPattern
 from noise_schedule import Noise
 from objectives import Denoiser
 
-from .base import SamplerOutput
-from .decoding import categorical, nucleus
+from .base import Generators, Progress, SamplerOutput, uniform
+from .decoding import Decoding
+from .stopping import StopRule
 
 T_END = 1e-5  # the grid stops here, and one last step removes what noise is left
 
@@ -23,44 +25,50 @@ class AnalyticSampler:
     Args:
         noise: the schedule, for its total noise sigma(t).
         num_steps: T.
-        bos_index: id of BOS at position 0, which training kept clean; None leaves it free.
         mask_index: id of the mask token.
-        nucleus_p: as in `decoding.nucleus`.
+        pad_index: what stands behind the end of a row that stopped.
+        decoding: how tokens are drawn.
+        stop: when a row ends; looked at when all tokens are there.
     """
 
     noise: Noise
     num_steps: int
-    bos_index: int | None
     mask_index: int
-    nucleus_p: float = 1.0
+    pad_index: int
+    decoding: Decoding = field(default_factory=Decoding)
+    stop: StopRule = field(default_factory=StopRule)
 
+    @torch.no_grad()
     def sample(
         self,
         denoise: Denoiser,
+        canvas: Tensor,
         *,
-        batch_size: int,
-        length: int,
-        device: torch.device,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
+        on_step: Callable[[Tensor], None] | None = None,
     ) -> SamplerOutput:
-        """See `Sampler.sample`."""
-        x = torch.full((batch_size, length), self.mask_index, device=device)
-        if self.bos_index is not None:
-            x[:, 0] = self.bos_index
-        times = torch.linspace(1, T_END, self.num_steps + 1, device=device)
+        """See `Sampler.sample`. Each step is a pass, whether or not it reveals a token."""
+        progress = Progress(canvas, mask_index=self.mask_index, on_step=on_step)
+        times = torch.linspace(1, T_END, self.num_steps + 1, device=canvas.device)
         sigmas = self.noise.total_noise(times)
-        for step in range(self.num_steps):
-            drop = sigmas[step] - sigmas[step + 1]
-            probs = self._reverse(denoise, x, sigma=sigmas[step], drop=drop)
-            x = self._draw(probs, x=x, generator=generator)
-        probs = self._reverse(denoise, x, sigma=sigmas[-1], drop=sigmas[-1])
-        probs[..., self.mask_index] = 0.0
-        x = self._draw(probs, x=x, generator=generator)
-        nfe = torch.full((batch_size,), self.num_steps + 1, device=device)
-        return SamplerOutput(tokens=x, num_forward_passes=nfe)
+        drops = torch.cat((sigmas[:-1] - sigmas[1:], sigmas[-1:]))
+        for step in range(self.num_steps + 1):
+            x = progress.x
+            log_p = self._reverse(denoise, x, sigma=sigmas[step], drop=drops[step])
+            if step == self.num_steps:
+                log_p[..., self.mask_index] = -torch.inf
+            u = uniform(tuple(x.shape), device=x.device, generator=generator)
+            tokens, confidence = self.decoding.draw(log_p.flatten(0, 1), u=u.flatten())
+            tokens, confidence = tokens.view_as(x), confidence.view_as(x)
+            at = (x == self.mask_index) & (tokens != self.mask_index)
+            progress.reveal(
+                at, tokens=tokens[at], confidence=confidence[at], took_part=progress.is_active
+            )
+        self.stop.apply(progress, end=canvas.shape[1])
+        return progress.output(pad_index=self.pad_index)
 
     def _reverse(self, denoise: Denoiser, x: Tensor, *, sigma: Tensor, drop: Tensor) -> Tensor:
-        """p(x_s | x_t), unnormalised (B, N, V), when the total noise drops from sigma by `drop`.
+        """log p(x_s | x_t) up to a constant, (B, N, V), when the total noise drops by `drop`.
 
         The product of the staggered score e^(-drop Q) s and the transition x_s -> x_t, which for
         the absorbing process reaches a mask from every token and any other token from itself.
@@ -73,9 +81,4 @@ class AnalyticSampler:
         score[..., self.mask_index] += absorbed
         stay = (-drop).exp() * F.one_hot(x, score.shape[-1])
         is_mask = (x == self.mask_index)[..., None]
-        return (score * (stay + is_mask * (1 - (-drop).exp()))).clamp(min=0)
-
-    def _draw(self, probs: Tensor, *, x: Tensor, generator: torch.Generator | None) -> Tensor:
-        probs = nucleus(probs / probs.sum(dim=-1, keepdim=True), p=self.nucleus_p)
-        drawn = categorical(probs, generator=generator)
-        return torch.where(x == self.mask_index, drawn, x)
+        return (score * (stay + is_mask * (1 - (-drop).exp()))).clamp(min=0).log()

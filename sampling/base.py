@@ -1,5 +1,10 @@
-"""What a sampler is, and what it returns."""
+"""What a sampler takes and returns.
 
+Every sampler completes a canvas: a batch of rows in which some tokens are given (BOS, a prompt, the
+surroundings of a gap) and the others are masks. The given tokens are never changed.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -8,39 +13,151 @@ from torch import Tensor
 
 from objectives import Denoiser
 
+# One generator for the batch, or one for each row: then a row does not depend on its neighbours.
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerOutput:
-    """Sampled rows.
+    """Completed rows.
 
     Attributes:
-        tokens: (B, length) int64, without mask tokens.
-        num_forward_passes: network evaluations that each row took part in (nfe), (B,) int64.
+        tokens: (B, N) int64 without masks; what lies behind a row's length is padding.
+        lengths: tokens of each row up to where it stopped, (B,).
+        accepted: False where a row of fixed length degenerated and should be drawn again, (B,).
+        num_forward_passes: network evaluations each row took part in (nfe), (B,).
+        num_denoising_passes: those that revealed a token of the row, which is the paper's count:
+            it leaves out passes that only store keys and values, (B,).
+        revealed_at: the pass in which each token was revealed, from 1; 0 if it was given, (B, N).
+        confidence: its probability at that moment, 1 if it was given, (B, N) float32.
     """
 
     tokens: Tensor
+    lengths: Tensor
+    accepted: Tensor
     num_forward_passes: Tensor
+    num_denoising_passes: Tensor
+    revealed_at: Tensor
+    confidence: Tensor
+
+    def replace_rows(self, rows: Sequence[int], other: "SamplerOutput") -> "SamplerOutput":
+        """The same with the rows of these n numbers taken from an output of n rows."""
+        replaced = {name: value.clone() for name, value in vars(self).items()}
+        for name, value in replaced.items():
+            value[rows] = getattr(other, name)
+        return SamplerOutput(**replaced)
 
 
 class Sampler(Protocol):
-    """Draws token rows from a denoiser."""
+    """Completes canvases with a denoiser."""
 
     def sample(
         self,
         denoise: Denoiser,
+        canvas: Tensor,
         *,
-        batch_size: int,
-        length: int,
-        device: torch.device,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
+        on_step: Callable[[Tensor], None] | None = None,
     ) -> SamplerOutput:
-        """Draw `batch_size` rows of `length` tokens.
+        """Fill the masks of a canvas.
 
         Args:
             denoise: the network and its parameterization.
-            batch_size: B.
-            length: tokens per row, BOS included.
-            device: where the network is.
-            generator: on that device; None uses the global one.
+            canvas: (B, N) int64; position 0 is given.
+            generator: on the canvas's device; a sequence of B makes the rows independent.
+            on_step: called with the tokens (B, N) after each pass.
         """
         ...
+
+
+def blank_canvas(
+    batch_size: int, length: int, *, bos_index: int, mask_index: int, device: torch.device
+) -> Tensor:
+    """BOS and masks, (B, N) int64."""
+    canvas = torch.full((batch_size, length), mask_index, device=device)
+    canvas[:, 0] = bos_index
+    return canvas
+
+
+def uniform(shape: tuple[int, int], *, device: torch.device, generator: Generators) -> Tensor:
+    """Uniform numbers on [0, 1), (B, n) float64, from each row's own generator if there are B."""
+    if isinstance(generator, Sequence):
+        rows = [
+            torch.rand(shape[1], device=device, dtype=torch.float64, generator=g)
+            for g in generator
+        ]
+        return torch.stack(rows)
+    return torch.rand(shape, device=device, dtype=torch.float64, generator=generator)
+
+
+class Progress:
+    """The state of a batch of rows while a sampler fills them; each row has its own.
+
+    Attributes:
+        x: the tokens, (B, N).
+        given: which of them were in the canvas, (B, N).
+        is_active: rows that have not stopped, (B,).
+    """
+
+    def __init__(self, canvas: Tensor, *, mask_index: int, on_step: Callable | None):
+        self.x = canvas.clone()
+        self.given = canvas != mask_index
+        self.is_active = torch.ones(len(canvas), dtype=torch.bool, device=canvas.device)
+        self._on_step = on_step
+        zeros = torch.zeros(len(canvas), dtype=torch.int64, device=canvas.device)
+        self._denoising_passes, self._storing_passes = zeros, zeros.clone()
+        self._lengths = zeros + canvas.shape[1]
+        self._accepted = self.is_active.clone()
+        self._revealed_at = torch.zeros_like(canvas)
+        self._confidence = torch.ones_like(canvas, dtype=torch.float32)
+
+    def reveal(
+        self,
+        at: Tensor,
+        *,
+        tokens: Tensor,
+        confidence: Tensor,
+        start: int = 0,
+        took_part: Tensor | None = None,
+    ) -> None:
+        """Write the tokens (n,) of one pass where a boolean mask is True.
+
+        Args:
+            at: (B, T), its first column is position `start`.
+            tokens, confidence: (n,).
+            start: see `at`.
+            took_part: rows whose pass it was, (B,); by default those with a new token.
+        """
+        columns = slice(start, start + at.shape[1])
+        self._denoising_passes += at.any(dim=1) if took_part is None else took_part
+        self.x[:, columns][at] = tokens
+        self._confidence[:, columns][at] = confidence.float()
+        passes = self._denoising_passes[:, None].expand_as(at)
+        self._revealed_at[:, columns][at] = passes[at]
+        if self._on_step is not None:
+            self._on_step(self.x)
+
+    def count_storing_pass(self) -> None:
+        self._storing_passes += self.is_active
+
+    def stop(self, rows: Tensor, *, lengths: Tensor | int, is_rejection: bool) -> None:
+        """End the rows of a boolean (B,) that are still active, at a length each."""
+        rows = rows & self.is_active
+        self._lengths = torch.where(rows, lengths, self._lengths)
+        if is_rejection:
+            self._accepted &= ~rows
+        self.is_active &= ~rows
+
+    def output(self, *, pad_index: int) -> SamplerOutput:
+        """The result; what lies behind a row's length becomes padding."""
+        positions = torch.arange(self.x.shape[1], device=self.x.device)
+        is_text = positions < self._lengths[:, None]
+        return SamplerOutput(
+            tokens=self.x.where(is_text, pad_index),
+            lengths=self._lengths,
+            accepted=self._accepted,
+            num_forward_passes=self._denoising_passes + self._storing_passes,
+            num_denoising_passes=self._denoising_passes,
+            revealed_at=self._revealed_at,
+            confidence=self._confidence,
+        )

@@ -1,18 +1,70 @@
-"""From probabilities to tokens."""
+"""From log probabilities to tokens."""
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+NUCLEUS_RULES = ("paper", "standard")
 
-def nucleus(probs: Tensor, *, p: float) -> Tensor:
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """How a token is drawn from the network's distribution.
+
+    Args:
+        temperature: the distribution is raised to 1 / temperature; 0 takes the most probable.
+        top_k: keep this many of the most probable tokens; None keeps all.
+        nucleus_p: keep the most probable tokens up to this cumulative probability, in (0, 1].
+        nucleus_rule: `paper` drops the token that crosses p (the published samples are made so),
+            `standard` keeps it. The most probable token always stays.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    nucleus_p: float = 1.0
+    nucleus_rule: str = "paper"
+
+    def probs(self, log_p: Tensor) -> Tensor:
+        """Probabilities (..., V) in float64 from log probabilities (..., V)."""
+        log_p = log_p.double()
+        if self.temperature == 0:
+            best = log_p.argmax(dim=-1, keepdim=True)
+            return torch.zeros_like(log_p).scatter(-1, best, 1.0)
+        if self.temperature != 1:
+            log_p = log_p / self.temperature
+        probs = log_p.softmax(dim=-1)
+        if self.top_k is not None:
+            probs = top_k(probs, k=self.top_k)
+        return nucleus(probs, p=self.nucleus_p, keeps_crossing=self.nucleus_rule == "standard")
+
+    def draw(self, log_p: Tensor, *, u: Tensor) -> tuple[Tensor, Tensor]:
+        """One token for each row of (n, V) and uniform number of (n,).
+
+        Returns:
+            Tokens (n,) int64 and the probability that each was drawn with, (n,).
+        """
+        probs = self.probs(log_p)
+        tokens = categorical(probs, u=u)
+        return tokens, probs.gather(-1, tokens[..., None]).squeeze(-1)
+
+
+def top_k(probs: Tensor, *, k: int) -> Tensor:
+    """Keep the k most probable tokens of (..., V); ties at the border stay."""
+    if k >= probs.shape[-1]:
+        return probs
+    border = probs.topk(k, dim=-1).values[..., -1:]
+    kept = probs * (probs >= border)
+    return kept / kept.sum(dim=-1, keepdim=True)
+
+
+def nucleus(probs: Tensor, *, p: float, keeps_crossing: bool = False) -> Tensor:
     """Keep the most probable tokens whose cumulative probability is at most p.
-
-    The token that crosses p is dropped, and the most probable one always stays. (Elsewhere the
-    crossing token is usually kept; the published samples are made with this rule.)
 
     Args:
         probs: (..., V).
         p: in (0, 1]; 1 keeps everything.
+        keeps_crossing: also keep the token that crosses p. The most probable one always stays.
 
     Returns:
         Renormalised probabilities (..., V).
@@ -20,18 +72,21 @@ def nucleus(probs: Tensor, *, p: float) -> Tensor:
     if p >= 1.0:
         return probs
     ordered, order = probs.sort(dim=-1, descending=True, stable=True)
-    keep = ordered.cumsum(dim=-1) <= p
+    cumulative = ordered.cumsum(dim=-1)
+    keep = (cumulative - ordered < p) if keeps_crossing else (cumulative <= p)
     keep[..., 0] = True
     kept = torch.zeros_like(probs).scatter(-1, order, ordered * keep)
     return kept / kept.sum(dim=-1, keepdim=True)
 
 
-def categorical(probs: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-    """One draw per row of unnormalised probabilities (..., V), in float64 -> (...) int64.
+def categorical(probs: Tensor, *, u: Tensor) -> Tensor:
+    """Inverse-CDF draws: for each row of unnormalised probabilities (..., V) and u (...), a token.
 
-    The smallest of independent exponential waiting times with these rates wins (Gumbel-max on
-    another scale); float32 noise would distort the tail of a large vocabulary.
+    In float64: float32 sums would distort the tail of a large vocabulary. One uniform number per
+    token, instead of V, is what lets every row have its own generator cheaply.
     """
-    probs = probs.double()
-    waiting = torch.empty_like(probs).exponential_(generator=generator)
-    return (probs / waiting).argmax(dim=-1)
+    cdf = probs.double().cumsum(dim=-1)
+    total = cdf[..., -1:]
+    # Rounding must not carry u * total up to the total: behind it is no token.
+    target = torch.minimum(u[..., None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cdf, target, right=True).squeeze(-1)

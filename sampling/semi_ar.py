@@ -1,19 +1,28 @@
 """Semi-autoregressive sampling of masked diffusion models, block after block (paper section 3.2).
 
-For bd3lm a block is the model's own; attention is block-causal. For mdlm the block is the whole
-context, and longer texts are made in windows that overlap by half.
+For bd3lm a block is the model's own; attention is block-causal, so finished blocks can be kept as
+keys and values. For mdlm the block is the whole context, and longer texts are made in windows that
+overlap by half.
+
+Beyond the context window the network sees the last `CONTEXT_WINDOW` tokens. Without a cache it
+recomputes that window, which has forgotten what came before. With a cache the window's keys and
+values are those of the time when they were stored: each still carries what its token saw then.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from models.kv_cache import KVCache
 from models.masks import AttentionPattern
 from objectives import Denoiser
 
-from .base import SamplerOutput
-from .decoding import categorical, nucleus
+from .base import Generators, Progress, SamplerOutput, uniform
+from .decoding import Decoding
+from .reveal import confident, on_time_grid, one_by_one
+from .stopping import StopRule
 
 CONTEXT_WINDOW = 1024  # tokens that the network sees at most
 
@@ -24,97 +33,150 @@ class SemiAutoregressiveSampler:
 
     Args:
         block_size: tokens per block.
-        bos_index, mask_index: ids; position 0 of a row is BOS.
+        mask_index: id of the mask token.
+        pad_index: what stands behind the end of a row that stopped.
         pattern: `BLOCK_CAUSAL` (bd3lm) or `FULL` (mdlm).
-        nucleus_p: as in `decoding.nucleus`.
-        num_steps: None for first-hitting, one token per forward pass; otherwise T, the steps of
-            the ancestral sampler per block.
+        decoding: how tokens are drawn.
+        stop: when a row ends.
+        num_steps: None for first-hitting; otherwise T, ancestral steps per block.
+        tokens_per_step: with first-hitting, masks revealed together; 1 is exact.
+        confidence_threshold: reveal whatever is at least this probable instead; None does not.
+        use_cache: keep keys and values of finished blocks (bd3lm).
     """
 
     block_size: int
-    bos_index: int
     mask_index: int
+    pad_index: int
     pattern: AttentionPattern
-    nucleus_p: float = 1.0
+    decoding: Decoding = field(default_factory=Decoding)
+    stop: StopRule = field(default_factory=StopRule)
     num_steps: int | None = None
+    tokens_per_step: int = 1
+    confidence_threshold: float | None = None
+    use_cache: bool = False
 
+    @torch.no_grad()
     def sample(
         self,
         denoise: Denoiser,
+        canvas: Tensor,
         *,
-        batch_size: int,
-        length: int,
-        device: torch.device,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
+        on_step: Callable[[Tensor], None] | None = None,
     ) -> SamplerOutput:
-        """See `Sampler.sample`; `length` is a multiple of the block size (mdlm: of half of it)."""
-        nfe = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        text = torch.full((batch_size, 1), self.bos_index, device=device)
-        fill = self._first_hitting if self.num_steps is None else self._ancestral
-        while text.shape[1] < length:
-            end = self._end_of_next_block(text.shape[1], length=length)
-            masks = text.new_full((batch_size, end - text.shape[1]), self.mask_index)
-            text = torch.cat((text, masks), dim=1)
-            start = self._window_start(end)
-            window = text[:, start:].clone()
-            nfe += fill(denoise, window, generator=generator)
-            text[:, start:] = window
-        return SamplerOutput(tokens=text, num_forward_passes=nfe)
+        """See `Sampler.sample`."""
+        length = canvas.shape[1]
+        progress = Progress(canvas, mask_index=self.mask_index, on_step=on_step)
+        cache = None
+        if self.use_cache:
+            cache = denoise.make_cache(len(canvas), capacity=self._capacity(length))
+        start = 0
+        while start < length and progress.is_active.any():
+            end = self._end_of_block(start, length=length)
+            self._fill(denoise, progress, cache, start=start, end=end, generator=generator)
+            self.stop.apply(progress, end=end)
+            start = end
+        return progress.output(pad_index=self.pad_index)
 
-    def _end_of_next_block(self, position: int, *, length: int) -> int:
-        """Where the block that `position` lies in ends; mdlm goes on by half a window."""
-        if self.pattern is AttentionPattern.FULL and position >= self.block_size:
-            return min(position + max(1, self.block_size // 2), length)
-        return min((position // self.block_size + 1) * self.block_size, length)
+    def _capacity(self, length: int) -> int:
+        """Tokens the cache holds: whole blocks up to the context window."""
+        blocks = max(1, CONTEXT_WINDOW // self.block_size)
+        return min(blocks, -(-length // self.block_size)) * self.block_size
+
+    def _end_of_block(self, start: int, *, length: int) -> int:
+        """Where the block that begins at `start` ends; mdlm goes on by half a window."""
+        is_later_window = self.pattern is AttentionPattern.FULL and start > 0
+        step = max(1, self.block_size // 2) if is_later_window else self.block_size
+        return min(start + step, length)
 
     def _window_start(self, end: int) -> int:
         """The first token the network sees when it fills the block that ends at `end`."""
         limit = self.block_size if self.pattern is AttentionPattern.FULL else CONTEXT_WINDOW
         return max(0, end - max(limit, self.block_size))
 
-    def _first_hitting(
-        self, denoise: Denoiser, x: Tensor, *, generator: torch.Generator | None
+    def _fill(
+        self,
+        denoise: Denoiser,
+        progress: Progress,
+        cache: KVCache | None,
+        *,
+        start: int,
+        end: int,
+        generator: Generators,
+    ) -> None:
+        """Reveal the masks of one block, in all active rows."""
+        masked = (progress.x[:, start:end] == self.mask_index) & progress.is_active[:, None]
+        size = end - start
+        u = uniform((len(masked), 2 * size), device=masked.device, generator=generator)
+        u_order, u_token = u.split(size, dim=1)
+
+        def predict(at: Tensor) -> Tensor:
+            return self._predict(denoise, progress, cache, start=start, end=end, at=at)
+
+        if self.confidence_threshold is not None:
+            self._fill_by_confidence(predict, progress, masked, u_token=u_token, start=start)
+            return
+        if self.num_steps is None:
+            number = one_by_one(masked, u=u_order, tokens_per_step=self.tokens_per_step)
+        else:
+            number = on_time_grid(masked, u=u_order, num_steps=self.num_steps)
+        for step in range(int(number.max()) + 1):
+            at = number == step
+            tokens, confidence = self.decoding.draw(predict(at), u=u_token[at])
+            progress.reveal(at, tokens=tokens, confidence=confidence, start=start)
+
+    def _fill_by_confidence(
+        self,
+        predict: Callable[[Tensor], Tensor],
+        progress: Progress,
+        masked: Tensor,
+        *,
+        u_token: Tensor,
+        start: int,
+    ) -> None:
+        """Reveal in each pass what is probable enough, at least one mask per row."""
+        while masked.any():
+            log_p = predict(masked)  # (n, V)
+            best = torch.zeros(masked.shape, dtype=torch.float64, device=masked.device)
+            best[masked] = log_p.double().amax(dim=-1).exp()
+            at = confident(masked, confidence=best, threshold=self.confidence_threshold)
+            tokens, confidence = self.decoding.draw(log_p[at[masked]], u=u_token[at])
+            progress.reveal(at, tokens=tokens, confidence=confidence, start=start)
+            masked = masked & ~at
+
+    def _predict(
+        self,
+        denoise: Denoiser,
+        progress: Progress,
+        cache: KVCache | None,
+        *,
+        start: int,
+        end: int,
+        at: Tensor,
     ) -> Tensor:
-        """Reveal one masked token per pass, in a uniformly random order (paper appendix B.1).
+        """log p at the positions `at` (B, end - start) of the block, (n, V)."""
+        first = self._window_start(end)
+        if cache is not None:
+            first = self._store_what_does_not_fit(denoise, progress, cache, start=start, end=end)
+        window = progress.x[:, first:end]
+        at = torch.nn.functional.pad(at, (start - first, 0))
+        log_p = denoise(window, pattern=self.pattern, kv_cache=cache, at=at)
+        if cache is not None and start > first:
+            # The finished blocks went through the network together with this one's first step.
+            cache.commit(start - first)
+        return log_p
 
-        The time of a step, t <- t u^(1/n), is bookkeeping that the network does not see. Rows
-        have equally many masks. Fills `x` (B, T) in place and returns the passes, (B,).
+    def _store_what_does_not_fit(
+        self, denoise: Denoiser, progress: Progress, cache: KVCache, *, start: int, end: int
+    ) -> int:
+        """Store finished blocks that cannot share a pass with this one; the first unstored token.
+
+        A pass may carry them along as long as nothing has to leave the cache for it.
         """
-        num_masked = int((x[0] == self.mask_index).sum())
-        for _ in range(num_masked):
-            order = torch.rand(x.shape, device=x.device, generator=generator)
-            position = order.masked_fill(x != self.mask_index, -1.0).argmax(dim=1)  # (B,)
-            at = torch.zeros_like(x, dtype=torch.bool).scatter(1, position[:, None], True)
-            log_p = denoise(x, pattern=self.pattern, at=at)  # (B, V)
-            x[at] = self._draw(log_p, generator=generator)
-        return torch.full((len(x),), num_masked, device=x.device)
-
-    def _ancestral(
-        self, denoise: Denoiser, x: Tensor, *, generator: torch.Generator | None
-    ) -> Tensor:
-        """T steps from t = 1 to 0; in a step to s each mask is revealed with probability 1 - s/t.
-
-        The predicted tokens are drawn anew only after something was revealed, so a step that
-        reveals nothing costs no pass. Fills `x` (B, T) in place and returns the passes, (B,).
-        """
-        nfe = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        stale = torch.ones(len(x), dtype=torch.bool, device=x.device)
-        predicted = x.clone()
-        for step in range(self.num_steps):
-            stay = (self.num_steps - step - 1) / (self.num_steps - step)  # s / t
-            u = torch.rand(x.shape, device=x.device, generator=generator)
-            reveal = (x == self.mask_index) & (u >= stay)
-            needs_pass = stale & reveal.any(dim=1)
-            if needs_pass.any():
-                masked = (x == self.mask_index) & needs_pass[:, None]
-                log_p = denoise(x, pattern=self.pattern, at=masked)
-                predicted[masked] = self._draw(log_p, generator=generator)
-                nfe += needs_pass
-                stale &= ~needs_pass
-            x[reveal] = predicted[reveal]
-            stale |= reveal.any(dim=1)
-        return nfe
-
-    def _draw(self, log_p: Tensor, *, generator: torch.Generator | None) -> Tensor:
-        probs = nucleus(log_p.double().exp(), p=self.nucleus_p)
-        return categorical(probs, generator=generator)
+        while cache.num_tokens < start and end > cache.capacity:
+            block = progress.x[:, cache.num_tokens : cache.num_tokens + self.block_size]
+            nowhere = torch.zeros_like(block, dtype=torch.bool)
+            denoise(block, pattern=self.pattern, kv_cache=cache, at=nowhere)
+            cache.commit(self.block_size)
+            progress.count_storing_pass()
+        return cache.num_tokens

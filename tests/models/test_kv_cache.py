@@ -85,12 +85,12 @@ def test_part_of_a_pass_can_be_committed():
 
 
 @torch.no_grad()
-def test_overflow_is_an_error():
+def test_a_piece_that_would_wrap_is_an_error():
     network = small_dit()
     cache = cache_for(network, batch_size=1, capacity=6)
     network(random_tokens(1, 4), pattern=BLOCK_CAUSAL, kv_cache=cache)
     cache.commit(4)
-    with pytest.raises(ValueError, match="4 tokens stored, 4 more asked for, capacity 6"):
+    with pytest.raises(ValueError, match="4 more tokens behind 4 do not fit in one piece into a ring of 6"):
         network(random_tokens(1, 4), pattern=BLOCK_CAUSAL, kv_cache=cache)
 
 

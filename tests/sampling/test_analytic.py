@@ -8,7 +8,7 @@ import torch
 from models.masks import AttentionPattern
 from noise_schedule import get_noise
 from sampling.analytic import AnalyticSampler
-from tests.sampling.toys import BOS, MASK, NUM_DRAWS, NUM_TOKENS, V, fit
+from tests.sampling.toys import BOS, MASK, NUM_DRAWS, NUM_TOKENS, V, canvas, fit
 
 LENGTH = 4
 # The probability of each token at each position; positions are independent.
@@ -33,14 +33,10 @@ class ExactScore:
 
 
 def draw(score, *, num_steps, batch_size=NUM_DRAWS, seed=0, **changes):
-    settings = {"bos_index": BOS, "mask_index": MASK, "noise": get_noise("loglinear")}
-    return AnalyticSampler(num_steps=num_steps, **(settings | changes)).sample(
-        score,
-        batch_size=batch_size,
-        length=LENGTH,
-        device=torch.device("cpu"),
-        generator=torch.Generator().manual_seed(seed),
-    )
+    settings = {"pad_index": BOS, "mask_index": MASK, "noise": get_noise("loglinear")}
+    sampler = AnalyticSampler(num_steps=num_steps, **(settings | changes))
+    generator = torch.Generator().manual_seed(seed)
+    return sampler.sample(score, canvas(batch_size, LENGTH), generator=generator)
 
 
 @pytest.mark.parametrize("noise", ["loglinear", "cosine"])
@@ -81,10 +77,14 @@ def test_the_network_is_told_the_noise_of_each_step():
     assert output.num_forward_passes.tolist() == [5, 5, 5], "T steps and the last denoising"
 
 
-def test_bos_is_given_or_free():
-    assert (draw(ExactScore(), num_steps=2, batch_size=200).tokens[:, 0] == BOS).all()
-    free = draw(ExactScore(), num_steps=2, batch_size=2000, bos_index=None).tokens[:, 0]
-    assert (free == 1).float().mean().item() == pytest.approx(0.5, abs=0.05)
+def test_given_tokens_stay():
+    given = canvas(200, LENGTH)
+    given[:, 2] = 1
+    sampler = AnalyticSampler(
+        num_steps=2, pad_index=BOS, mask_index=MASK, noise=get_noise("loglinear")
+    )
+    tokens = sampler.sample(ExactScore(), given).tokens
+    assert (tokens[:, 0] == BOS).all() and (tokens[:, 2] == 1).all() and (tokens != MASK).all()
 
 
 def test_the_generator_decides():

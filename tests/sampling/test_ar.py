@@ -4,17 +4,22 @@ import torch
 
 from models.masks import AttentionPattern
 from sampling.ar import AutoregressiveSampler
-from tests.sampling.toys import BOS, NUM_DRAWS, TableDenoiser, block_by_block, fit
+from sampling.decoding import Decoding
+from tests.sampling.toys import (
+    BOS,
+    MASK,
+    NUM_DRAWS,
+    TableDenoiser,
+    block_by_block,
+    canvas,
+    fit,
+)
 
 
 def draw(denoiser, *, batch_size=NUM_DRAWS, length=4, seed=0, **settings):
-    return AutoregressiveSampler(bos_index=BOS, **settings).sample(
-        denoiser,
-        batch_size=batch_size,
-        length=length,
-        device=torch.device("cpu"),
-        generator=torch.Generator().manual_seed(seed),
-    )
+    sampler = AutoregressiveSampler(mask_index=MASK, pad_index=BOS, **settings)
+    generator = torch.Generator().manual_seed(seed)
+    return sampler.sample(denoiser, canvas(batch_size, length), generator=generator)
 
 
 def test_exact_distribution():
@@ -45,5 +50,5 @@ def test_the_generator_decides():
 
 
 def test_nucleus_applies():
-    tokens = draw(TableDenoiser(), batch_size=100, nucleus_p=1e-9).tokens
+    tokens = draw(TableDenoiser(), batch_size=100, decoding=Decoding(nucleus_p=1e-9)).tokens
     assert (tokens == tokens[0]).all()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sampling.decoding import categorical, nucleus
+from sampling.decoding import Decoding, categorical, nucleus, top_k
 from tests.references import p_value
 
 
@@ -31,30 +31,47 @@ def test_nucleus_treats_each_row_alone_and_changes_nothing():
     assert torch.equal(probs, before)
 
 
+def test_the_standard_rule_keeps_the_crossing_token():
+    probs = torch.tensor([0.25, 0.5, 0.125, 0.125], dtype=torch.float64)
+    kept = nucleus(probs, p=0.7, keeps_crossing=True)
+    torch.testing.assert_close(kept, torch.tensor([1 / 3, 2 / 3, 0, 0]).double())
+
+
+def test_top_k_keeps_the_best():
+    probs = torch.tensor([0.1, 0.5, 0.4], dtype=torch.float64)
+    torch.testing.assert_close(top_k(probs, k=2), torch.tensor([0, 5 / 9, 4 / 9]).double())
+    assert torch.equal(top_k(probs, k=3), probs)
+
+
+def test_temperature_sharpens_down_to_the_best():
+    log_p = torch.tensor([0.2, 0.8]).log()
+    assert Decoding(temperature=0).probs(log_p).tolist() == [0, 1]
+    expected = torch.tensor([0.04, 0.64]).double() / 0.68
+    torch.testing.assert_close(
+        Decoding(temperature=0.5).probs(log_p), expected, rtol=1e-6, atol=1e-6
+    )
+
+
 def test_categorical_draws_in_proportion():
     """Unnormalised weights; what has none is never drawn."""
-    weights = torch.tensor([2.0, 0.0, 5.0, 1.0]).expand(40_000, 4)
-    drawn = categorical(weights, generator=torch.Generator().manual_seed(0))
-    counts = drawn.bincount(minlength=4).float()
-    assert p_value(counts, weights[0] / 8 * 40_000) > 1e-3
+    weights = torch.tensor([2.0, 0.0, 5.0, 1.0, 0.0]).expand(40_000, 5)
+    u = torch.rand(40_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    counts = categorical(weights, u=u).bincount(minlength=5).float()
+    assert counts[1] == counts[4] == 0
+    assert p_value(counts[[0, 2, 3]], torch.tensor([2.0, 5.0, 1.0]) / 8 * 40_000) > 1e-3
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_categorical_is_computed_in_float64(dtype, monkeypatch):
-    """Float32 noise cannot tell 50,000 small probabilities apart."""
-    seen = []
-    exponential = torch.Tensor.exponential_
-
-    def watch(self, *args, **kwargs):
-        seen.append(self.dtype)
-        return exponential(self, *args, **kwargs)
-
-    monkeypatch.setattr(torch.Tensor, "exponential_", watch)
-    categorical(torch.rand(4, 50).to(dtype))
-    assert seen == [torch.float64]
+def test_categorical_at_the_ends_of_the_unit_interval():
+    """Rounding never leads to a token behind the last possible one, nor to an impossible first."""
+    weights = torch.tensor([[0.0, 0.3, 0.1, 0.0]], dtype=torch.float64)
+    almost_one = torch.tensor([1 - 2**-53], dtype=torch.float64)
+    assert categorical(weights, u=almost_one).item() == 2
+    assert categorical(weights, u=torch.zeros(1, dtype=torch.float64)).item() == 1
 
 
-def test_categorical_shapes_and_seeds():
-    probs = torch.rand(2, 3, 5, generator=torch.Generator().manual_seed(1))
-    one, two = (categorical(probs, generator=torch.Generator().manual_seed(0)) for _ in range(2))
-    assert one.shape == (2, 3) and one.dtype == torch.int64 and torch.equal(one, two)
+def test_categorical_is_computed_in_float64():
+    """Float32 sums cannot tell the tail of a large vocabulary apart."""
+    weights = torch.full((1, 60_000), 1e-9)
+    weights[0, 0] = 1.0
+    u = torch.tensor([(1 + 30_000.5e-9) / (1 + 59_999e-9)], dtype=torch.float64)
+    assert abs(categorical(weights, u=u).item() - 30_001) <= 1

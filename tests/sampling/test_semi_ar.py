@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from models.masks import AttentionPattern
+from sampling.decoding import Decoding
 from sampling.semi_ar import CONTEXT_WINDOW, SemiAutoregressiveSampler
 from tests.sampling.toys import (
     BOS,
@@ -18,23 +19,20 @@ from tests.sampling.toys import (
     TableDenoiser,
     V,
     block_by_block,
+    canvas,
     fit,
     with_token,
 )
 
-CPU = torch.device("cpu")
-
 
 def sampler(block_size: int, **changes) -> SemiAutoregressiveSampler:
-    settings = {"bos_index": BOS, "mask_index": MASK, "pattern": AttentionPattern.BLOCK_CAUSAL}
+    settings = {"pad_index": BOS, "mask_index": MASK, "pattern": AttentionPattern.BLOCK_CAUSAL}
     return SemiAutoregressiveSampler(block_size=block_size, **(settings | changes))
 
 
 def draw(sampler, denoiser, *, batch_size=NUM_DRAWS, length=4, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return sampler.sample(
-        denoiser, batch_size=batch_size, length=length, device=CPU, generator=generator
-    )
+    return sampler.sample(denoiser, canvas(batch_size, length), generator=generator)
 
 
 def masked_positions(text: tuple[int, ...]) -> list[int]:
@@ -165,7 +163,7 @@ def test_the_generator_decides(num_steps):
 def test_nucleus_applies():
     """At p close to 0 only the most probable token is left, and the text is its greedy one."""
     denoiser = TableDenoiser()
-    output = draw(sampler(1, nucleus_p=1e-9), denoiser, batch_size=20)
+    output = draw(sampler(1, decoding=Decoding(nucleus_p=1e-9)), denoiser, batch_size=20)
     text = (BOS,)
     while len(text) < 4:
         probs = denoiser.probs((*text, MASK), len(text))

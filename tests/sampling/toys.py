@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from models.masks import AttentionPattern
+from sampling.base import blank_canvas
 from tests.references import p_value
 
 NUM_TOKENS, MASK, V = 3, 3, 4  # tokens 0, 1, 2 and the mask
@@ -50,6 +51,13 @@ class TableDenoiser:
     def probs(self, text: tuple[int, ...], position: int) -> list[float]:
         """p of tokens 0, 1, 2 at a position."""
         return self.log_p(torch.tensor([text]))[0, position, :NUM_TOKENS].exp().tolist()
+
+
+def canvas(batch_size: int, length: int) -> Tensor:
+    """BOS and masks."""
+    return blank_canvas(
+        batch_size, length, bos_index=BOS, mask_index=MASK, device=torch.device("cpu")
+    )
 
 
 def texts(length: int) -> list[tuple[int, ...]]:

@@ -1,0 +1,66 @@
+"""In which pass each masked token of a block is revealed.
+
+The orders are drawn before the network is asked, because they do not depend on its answers. So
+only the positions that a pass reveals need logits.
+"""
+
+import torch
+from torch import Tensor
+
+NOT_MASKED = -1
+
+
+def one_by_one(masked: Tensor, *, u: Tensor, tokens_per_step: int = 1) -> Tensor:
+    """First-hitting: masks are revealed in a uniformly random order (paper appendix B.1).
+
+    The time of a step, t <- t u^(1/n) with n masks left, is bookkeeping: the network sees no time,
+    and which mask goes next is uniform.
+
+    Args:
+        masked: (B, L) bool.
+        u: uniform numbers (B, L).
+        tokens_per_step: masks revealed together; 1 is exact.
+
+    Returns:
+        The pass of each mask, from 0, (B, L) int64; `NOT_MASKED` elsewhere.
+    """
+    rank = u.masked_fill(~masked, 2.0).argsort(dim=1).argsort(dim=1)
+    return (rank // tokens_per_step).masked_fill(~masked, NOT_MASKED)
+
+
+def on_time_grid(masked: Tensor, *, u: Tensor, num_steps: int) -> Tensor:
+    """Ancestral sampling on a grid of T steps from t = 1 to t = 0.
+
+    A step from t to s reveals each mask with probability 1 - s/t. On an even grid this makes the
+    step of each mask uniform over the T steps, independently. Steps that reveal nothing need no
+    pass, so only the others are numbered; masks of one step are revealed together.
+
+    Args:
+        masked, u: as in `one_by_one`.
+        num_steps: T.
+
+    Returns:
+        As in `one_by_one`.
+    """
+    step = (u * num_steps).long().masked_fill(~masked, -1)
+    ordered, order = step.sort(dim=1)
+    is_new = torch.zeros_like(ordered)
+    is_new[:, 1:] = ordered[:, 1:] > ordered[:, :-1]
+    is_new[:, 0] = ordered[:, 0] >= 0
+    return torch.zeros_like(step).scatter(1, order, is_new.cumsum(dim=1) - 1)
+
+
+def confident(masked: Tensor, *, confidence: Tensor, threshold: float) -> Tensor:
+    """Masks whose best token has at least this probability, and the best of each row in any case.
+
+    Args:
+        masked: (B, L) bool.
+        confidence: probability of the most probable token, (B, L).
+        threshold: in (0, 1].
+
+    Returns:
+        (B, L) bool.
+    """
+    confidence = confidence.masked_fill(~masked, -1.0)
+    best = torch.zeros_like(masked).scatter(1, confidence.argmax(dim=1, keepdim=True), True)
+    return masked & (best | (confidence >= threshold))

@@ -1,0 +1,99 @@
+"""The stop rule, row by row, against a plain reading of it."""
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+
+from models.masks import AttentionPattern
+from sampling.base import Progress
+from sampling.semi_ar import SemiAutoregressiveSampler
+from sampling.stopping import ENTROPY_WINDOW, StopRule, histogram_entropy
+
+EOS, MASK, PAD = 1, 9, 0
+
+
+def plain_entropy(tokens: list[int]) -> float:
+    return -sum(n / len(tokens) * math.log(n / len(tokens)) for n in Counter(tokens).values())
+
+
+def test_entropy_of_each_row():
+    tokens = torch.randint(0, 7, (5, ENTROPY_WINDOW), generator=torch.Generator().manual_seed(0))
+    tokens[0] = 3
+    expected = [plain_entropy(row) for row in tokens.tolist()]
+    assert histogram_entropy(tokens).tolist() == pytest.approx(expected, abs=1e-5)
+
+
+class Dictation:
+    """Says the tokens of given rows (B, N), each with certainty."""
+
+    def __init__(self, rows: torch.Tensor):
+        self.rows, self.num_calls = rows, 0
+
+    def __call__(self, x, sigma=None, *, pattern, kv_cache=None, at=None):
+        self.num_calls += 1
+        log_p = torch.full((*x.shape, 10), -1e6)
+        return log_p.scatter(-1, self.rows[:, : x.shape[1], None], 0.0)[at]
+
+
+def write(rows: torch.Tensor, rule: StopRule, *, block_size: int = 8):
+    sampler = SemiAutoregressiveSampler(
+        block_size=block_size,
+        mask_index=MASK,
+        pad_index=PAD,
+        pattern=AttentionPattern.BLOCK_CAUSAL,
+        stop=rule,
+        num_steps=1,
+    )
+    canvas = torch.full_like(rows, MASK)
+    canvas[:, 0] = rows[:, 0]
+    return sampler.sample(Dictation(rows), canvas)
+
+
+def varied(num_rows: int, length: int) -> torch.Tensor:
+    """Rows of tokens 2 to 8, with as much entropy as seven symbols have."""
+    return torch.randint(2, 9, (num_rows, length), generator=torch.Generator().manual_seed(0))
+
+
+def test_each_row_ends_at_its_own_eos():
+    """The stop test of the original pooled the batch."""
+    rows = varied(3, 40)
+    rows[:, 0] = EOS  # BOS is EOS, as in GPT-2: the second one ends the text
+    rows[0, 5], rows[1, 23] = EOS, EOS
+    output = write(rows, StopRule(eos_index=EOS, is_var_length=True))
+    assert output.lengths.tolist() == [6, 24, 40]
+    assert output.accepted.all()
+    assert torch.equal(output.tokens[0, :6], rows[0, :6]) and (output.tokens[0, 6:] == PAD).all()
+    assert output.num_forward_passes.tolist() == [1, 3, 5], "a row that ended costs nothing more"
+
+
+def test_without_an_eos_rule_eos_is_a_token():
+    rows = varied(1, 16)
+    rows[0, 3] = EOS
+    assert write(rows, StopRule()).lengths.tolist() == [16]
+
+
+@pytest.mark.parametrize("is_var_length", [False, True])
+def test_a_degenerate_row_is_cut_or_rejected(is_var_length):
+    rows = varied(2, 400)
+    rows[1, 100:] = 4
+    rule = StopRule(min_entropy=1.5, is_var_length=is_var_length)
+    output = write(rows, rule)
+    ends = range(ENTROPY_WINDOW, 401, 8)
+    texts = rows[1].tolist()
+    expected = next(n for n in ends if plain_entropy(texts[n - ENTROPY_WINDOW : n]) < 1.5)
+    assert output.lengths.tolist() == [400, expected]
+    assert output.accepted.tolist() == [True, is_var_length]
+
+
+def test_short_texts_are_not_judged():
+    rows = torch.full((1, ENTROPY_WINDOW - 8), 4)
+    assert write(rows, StopRule(min_entropy=4.0)).accepted.all()
+
+
+def test_a_given_eos_does_not_end_a_row():
+    canvas = torch.tensor([[EOS, 3, EOS, MASK]])
+    progress = Progress(canvas, mask_index=MASK, on_step=None)
+    StopRule(eos_index=EOS).apply(progress, end=4)
+    assert progress.is_active.all()
