@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,30 @@ def generate(model: Path, output: Path, *flags: str) -> dict:
     return json.loads(output.read_text())
 
 
+@pytest.mark.parametrize("page", [PROJECT / "README.md", FOLDER / "README.md"], ids=["root", "own"])
+def test_commands_of_the_readme(page, tmp_path, monkeypatch):
+    """Every command is accepted as it stands."""
+    monkeypatch.chdir(tmp_path)
+    parsers = {"generate_text": generate_text, "report_genppl": report_genppl}
+    found = re.findall(r"^python ssd-lm/(\w+)\.py (.*)$", page.read_text(), flags=re.MULTILINE)
+    assert {script for script, _ in found} == set(parsers)
+    for script, arguments in found:
+        parsers[script].parse_arguments(shlex.split(arguments))
+
+
+def test_readme_lists_every_option(tmp_path, monkeypatch):
+    """The table has the options that there are, with their defaults."""
+    monkeypatch.chdir(tmp_path)
+    options = vars(generate_text.parse_arguments([])) | {"device": "auto"}
+    table = (FOLDER / "README.md").read_text().split("\n| option |")[1].split("\n\n")[0]
+    cells = [line.split("|") for line in table.splitlines()[2:]]
+    found = {name: row[2] for row in cells for name in re.findall(r"`--(\w+)`", row[1])}
+    assert set(found) == set(options)
+    for name, default in options.items():
+        shown = f"{default:g}" if isinstance(default, float) else str(default)
+        assert default is None or shown in found[name], name
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_run_from_anywhere(tmp_path, script):
     """Each finds the project's modules by itself."""
@@ -51,8 +76,9 @@ def test_generate_and_report(tiny, scorer, tmp_path, capsys):
     alone = generate(tiny, tmp_path / "alone.json", "--num_samples", "3", "--batch_size", "1",
                      "--seed", "4")  # fmt: skip
     assert alone == content
-    other = generate(tiny, tmp_path / "other.json", "--num_samples", "3", "--seed", "5")
-    assert other["samples"] != content["samples"]
+    for flags in (["--seed", "5"], ["--seed", "4", "--precision", "bfloat16"]):
+        other = generate(tiny, tmp_path / f"{flags[-1]}.json", "--num_samples", "3", *flags)
+        assert other["samples"] != content["samples"]
 
     assert report_genppl.main([str(path), "--scorer", str(scorer), "--device", "cpu"]) == 0
     report = json.loads(path.with_suffix(".genppl.json").read_text())
