@@ -117,10 +117,7 @@ class Window:
 
 
 def sliding_windows(length: int, *, size: int, stride: int, text: int = 0) -> list[Window]:
-    """Windows that overlap by size - stride tokens and count each token but the first one once.
-
-    A token that is not in the first window thus has at least size - stride tokens before it.
-    """
+    """Overlapping windows that count each token but the first one once."""
     windows, end = [], 0
     while end < length:
         start = windows[-1].start + stride if windows else 0
@@ -260,7 +257,8 @@ class GenerativePerplexity:
         """An encoder such as BERT loads too, but reads the token that it is to predict."""
         ids = torch.arange(1, 1 + min(4, self.window))
         losses = self._losses([ids, torch.cat([ids[:-1], ids[:1]])])
-        if not torch.allclose(losses[0][:-1], losses[1][:-1], rtol=1e-3, atol=1e-3):
+        tolerance = 100 * torch.finfo(self.model.dtype).eps
+        if not torch.allclose(*(row[:-1] for row in losses), rtol=tolerance, atol=tolerance):
             raise ValueError("it is not causal: its prediction of a token depends on later tokens")
 
 
