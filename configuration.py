@@ -295,6 +295,8 @@ def _fractions(config: DictConfig) -> Problems:
         value = config["trainer"][key]
         if type(value) is float and value > 1.0:
             yield f"trainer.{key}", "allowed are an integer (batches) and a float <= 1 (a fraction)"
+    if "ppl_eval" in _modes(config) and config["trainer"]["limit_val_batches"] == 0:
+        yield "trainer.limit_val_batches", "allowed with mode=ppl_eval are positive numbers"
 
 
 def _block_divides_length(config: DictConfig) -> Problems:

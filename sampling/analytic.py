@@ -44,11 +44,14 @@ class AnalyticSampler:
         denoise: Denoiser,
         canvas: Tensor,
         *,
+        limits: Tensor | None = None,
         generator: Generators = None,
         on_step: Callable[[Tensor], None] | None = None,
     ) -> SamplerOutput:
         """See `Sampler.sample`. Each step is a pass, whether or not it reveals a token."""
-        progress = Progress(canvas, mask_index=self.mask_index, on_step=on_step)
+        progress = Progress(
+            canvas, mask_index=self.mask_index, limits=limits, on_step=on_step
+        )
         times = torch.linspace(1, T_END, self.num_steps + 1, device=canvas.device)
         sigmas = self.noise.total_noise(times)
         drops = torch.cat((sigmas[:-1] - sigmas[1:], sigmas[-1:]))
@@ -60,7 +63,7 @@ class AnalyticSampler:
             u = uniform(tuple(x.shape), device=x.device, generator=generator)
             tokens, confidence = self.decoding.draw(log_p.flatten(0, 1), u=u.flatten())
             tokens, confidence = tokens.view_as(x), confidence.view_as(x)
-            at = (x == self.mask_index) & (tokens != self.mask_index)
+            at = progress.to_fill(0, x.shape[1]) & (tokens != self.mask_index)
             progress.reveal(
                 at, tokens=tokens[at], confidence=confidence[at], took_part=progress.is_active
             )

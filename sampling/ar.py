@@ -42,18 +42,21 @@ class AutoregressiveSampler:
         denoise: Denoiser,
         canvas: Tensor,
         *,
+        limits: Tensor | None = None,
         generator: Generators = None,
         on_step: Callable[[Tensor], None] | None = None,
     ) -> SamplerOutput:
         """See `Sampler.sample`. Given tokens behind a gap do not influence it."""
         length = canvas.shape[1]
-        progress = Progress(canvas, mask_index=self.mask_index, on_step=on_step)
+        progress = Progress(
+            canvas, mask_index=self.mask_index, limits=limits, on_step=on_step
+        )
         u = uniform((len(canvas), length), device=canvas.device, generator=generator)
         cache = None
         if self.use_cache:
             cache = denoise.make_cache(len(canvas), capacity=min(CONTEXT_WINDOW, length))
         for position in range(1, length):
-            at = (progress.x[:, position] == self.mask_index) & progress.is_active
+            at = progress.to_fill(position, position + 1)[:, 0]
             if at.any():
                 log_p = self._predict(denoise, progress, cache, position=position)[at]
                 tokens, confidence = self.decoding.draw(log_p, u=u[at, position])

@@ -56,6 +56,7 @@ class Sampler(Protocol):
         denoise: Denoiser,
         canvas: Tensor,
         *,
+        limits: Tensor | None = None,
         generator: Generators = None,
         on_step: Callable[[Tensor], None] | None = None,
     ) -> SamplerOutput:
@@ -64,6 +65,8 @@ class Sampler(Protocol):
         Args:
             denoise: the network and its parameterization.
             canvas: (B, N) int64; position 0 is given.
+            limits: where each row ends at the latest, (B,); what lies behind is not filled. None:
+                N. Rows of different lengths share a canvas in this way.
             generator: on the canvas's device; a sequence of B makes the rows independent.
             on_step: called with the tokens (B, N) after each pass.
         """
@@ -99,14 +102,22 @@ class Progress:
         is_active: rows that have not stopped, (B,).
     """
 
-    def __init__(self, canvas: Tensor, *, mask_index: int, on_step: Callable | None):
+    def __init__(
+        self,
+        canvas: Tensor,
+        *,
+        mask_index: int,
+        limits: Tensor | None = None,
+        on_step: Callable[[Tensor], None] | None = None,
+    ):
         self.x = canvas.clone()
         self.given = canvas != mask_index
         self.is_active = torch.ones(len(canvas), dtype=torch.bool, device=canvas.device)
         self._on_step = on_step
         zeros = torch.zeros(len(canvas), dtype=torch.int64, device=canvas.device)
         self._denoising_passes, self._storing_passes = zeros, zeros.clone()
-        self._lengths = zeros + canvas.shape[1]
+        self._limits = zeros + canvas.shape[1] if limits is None else limits
+        self._lengths = self._limits.clone()
         self._accepted = self.is_active.clone()
         self._revealed_at = torch.zeros_like(canvas)
         self._confidence = torch.ones_like(canvas, dtype=torch.float32)
@@ -136,6 +147,16 @@ class Progress:
         self._revealed_at[:, columns][at] = passes[at]
         if self._on_step is not None:
             self._on_step(self.x)
+
+    def to_fill(self, start: int, end: int) -> Tensor:
+        """The masks in these columns that are to be revealed, (B, end - start) bool."""
+        positions = torch.arange(start, end, device=self.x.device)
+        is_open = ~self.given[:, start:end] & (self._revealed_at[:, start:end] == 0)
+        return is_open & (positions < self._limits[:, None]) & self.is_active[:, None]
+
+    def stop_at_limits(self, end: int) -> None:
+        """End the rows whose limit lies within the first `end` tokens."""
+        self.stop(self._limits <= end, lengths=self._limits, is_rejection=False)
 
     def count_storing_pass(self) -> None:
         self._storing_passes += self.is_active

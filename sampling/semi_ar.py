@@ -61,12 +61,15 @@ class SemiAutoregressiveSampler:
         denoise: Denoiser,
         canvas: Tensor,
         *,
+        limits: Tensor | None = None,
         generator: Generators = None,
         on_step: Callable[[Tensor], None] | None = None,
     ) -> SamplerOutput:
         """See `Sampler.sample`."""
         length = canvas.shape[1]
-        progress = Progress(canvas, mask_index=self.mask_index, on_step=on_step)
+        progress = Progress(
+            canvas, mask_index=self.mask_index, limits=limits, on_step=on_step
+        )
         cache = None
         if self.use_cache:
             cache = denoise.make_cache(len(canvas), capacity=self._capacity(length))
@@ -105,7 +108,7 @@ class SemiAutoregressiveSampler:
         generator: Generators,
     ) -> None:
         """Reveal the masks of one block, in all active rows."""
-        masked = (progress.x[:, start:end] == self.mask_index) & progress.is_active[:, None]
+        masked = progress.to_fill(start, end)
         size = end - start
         u = uniform((len(masked), 2 * size), device=masked.device, generator=generator)
         u_order, u_token = u.split(size, dim=1)

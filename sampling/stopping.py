@@ -31,10 +31,13 @@ class StopRule:
             is_eos = (progress.x[:, :end] == self.eos_index) & ~progress.given[:, :end]
             lengths = is_eos.int().argmax(dim=1) + 1
             progress.stop(is_eos.any(dim=1), lengths=lengths, is_rejection=False)
+        # Behind a limit masks are left, which are no text to judge.
+        progress.stop_at_limits(end - 1)
         if self.min_entropy is not None and end >= ENTROPY_WINDOW:
             recent = progress.x[:, end - ENTROPY_WINDOW : end]
             is_degenerate = histogram_entropy(recent) < self.min_entropy
             progress.stop(is_degenerate, lengths=end, is_rejection=not self.is_var_length)
+        progress.stop_at_limits(end)
 
 
 def histogram_entropy(tokens: Tensor) -> Tensor:

@@ -95,6 +95,10 @@ REFUSED = [
         "algo.var_min=True: allowed with algo.cross_attn=False is False",
     ),
     (
+        ["mode=ppl_eval", "trainer.limit_val_batches=0"],
+        "trainer.limit_val_batches=0: allowed with mode=ppl_eval are positive numbers",
+    ),
+    (
         ["mode=sample_eval", "algo.time_conditioning=true"],
         "algo.time_conditioning=True: allowed with algo.sampler=semi_ar is False",
     ),

@@ -123,6 +123,22 @@ def test_given_tokens_stay_and_are_seen(use_cache):
     assert torch.equal(changed.tokens[:2], output.tokens[:2])
 
 
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_rows_of_different_lengths_share_a_canvas(use_cache):
+    """A limit inside a block: the row is what it is alone, and nothing behind it is filled."""
+    denoise = network(block_size=4)
+    sampler = semi(4, use_cache=use_cache)
+    limits = torch.tensor([16, 6, 9])
+    output = sampler.sample(denoise, canvas(3, 16), limits=limits, generator=generators(range(3)))
+    assert output.lengths.tolist() == [16, 6, 9]
+    assert output.num_denoising_passes.tolist() == [15, 5, 8]
+    assert (output.tokens[1, 6:] == BOS).all() and (output.tokens != MASK).all()
+    alone = sampler.sample(
+        denoise, canvas(1, 8), limits=limits[1:2], generator=generators([1])
+    )
+    assert torch.equal(alone.tokens[0, :6], output.tokens[1, :6])
+
+
 def test_the_ring_keeps_the_last_window(monkeypatch):
     """Beyond the window memory stays what it was, and a pass sees the window's tokens alone."""
     monkeypatch.setattr(semi_ar, "CONTEXT_WINDOW", 16)

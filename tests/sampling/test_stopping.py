@@ -93,7 +93,7 @@ def test_short_texts_are_not_judged():
 
 
 def test_a_given_eos_does_not_end_a_row():
-    canvas = torch.tensor([[EOS, 3, EOS, MASK]])
-    progress = Progress(canvas, mask_index=MASK, on_step=None)
+    canvas = torch.tensor([[EOS, 3, EOS, MASK, MASK]])
+    progress = Progress(canvas, mask_index=MASK)
     StopRule(eos_index=EOS).apply(progress, end=4)
     assert progress.is_active.all()
