@@ -189,6 +189,10 @@ def test_a_scorer_without_eos_counts_all(gpt2):
 def test_precision_is_the_scorers_own(gpt2):
     """Samples may be drawn in bf16 and TF32; their score is float32 all the same."""
     expected = gpt2.score(TEXTS, max_length=40, batch_size=2)
+    seen = set()
+    hook = gpt2.model.register_forward_pre_hook(
+        lambda *_: seen.add(torch.get_float32_matmul_precision())
+    )
     torch.set_float32_matmul_precision("medium")
     try:
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -196,6 +200,8 @@ def test_precision_is_the_scorers_own(gpt2):
         assert torch.get_float32_matmul_precision() == "medium", "it is put back"
     finally:
         torch.set_float32_matmul_precision("highest")
+        hook.remove()
+    assert seen == {"highest"}
     assert_scores_equal(found, expected)
 
 
