@@ -173,6 +173,7 @@ _NUMBERS: dict[str, tuple[type, str]] = {
     "loader.num_workers": (int, "[0, inf)"),
     "sampling.num_sample_batches": (int, "[1, inf)"),
     "sampling.nucleus_p": (float, "(0, 1]"),
+    "sampling.max_retries": (int, "[0, inf)"),
     "training.ema": (float, "[0, 1)"),
     "training.sampling_eps": (float, "(0, 1)"),
     "training.sampling_eps_min": (float, "(0, 1]"),
@@ -198,6 +199,7 @@ _FLAGS = (
     "sampling.var_length",
     "sampling.first_hitting",
     "sampling.kv_cache",
+    "sampling.stop_on_eos",
     "training.antithetic_sampling",
     "training.resample",
     "training.eval_nll",
@@ -434,6 +436,16 @@ def _sampling_without_time(config: DictConfig) -> Problems:
             yield "algo.time_conditioning", "allowed with algo.sampler=semi_ar is False"
 
 
+def _sampling_texts(config: DictConfig) -> Problems:
+    """One source of canvases at a time, and room for at least one token."""
+    sampling = config["sampling"]
+    if sampling["prompts"] is not None and sampling["infill"] is not None:
+        yield "sampling.infill", f"allowed with sampling.prompts={sampling['prompts']} is null"
+    limit = sampling["max_new_tokens"]
+    if limit is not None and (type(limit) is not int or limit < 1):
+        yield "sampling.max_new_tokens", "allowed are null and an integer in [1, inf)"
+
+
 def _kv_cache(config: DictConfig) -> Problems:
     """Keys and values can be kept only where later tokens cannot change them."""
     name = config["algo"]["name"]
@@ -487,6 +499,7 @@ RULES: tuple[Callable[[DictConfig], Problems], ...] = (
     _flex_needs_gpu_to_train,
     _sampling_steps,
     _sampling_without_time,
+    _sampling_texts,
     _kv_cache,
     _global_batch,
 )

@@ -253,6 +253,7 @@ class Diffusion(L.LightningModule):
         self,
         canvas: Tensor | None = None,
         *,
+        limits: Tensor | None = None,
         num_samples: int = 1,
         length: int | None = None,
         options: SamplingOptions | None = None,
@@ -272,6 +273,7 @@ class Diffusion(L.LightningModule):
         Args:
             canvas: (B, N) int64, tokens to keep and `mask_index` where to write; position 0 is
                 given. None: `num_samples` rows of BOS and masks.
+            limits: where each row of the canvas ends at the latest, (B,); None: N.
             num_samples: B where there is no canvas.
             length: N where there is no canvas; by default the length of training.
             options: what to ask of the sampler; the default is the paper's procedure.
@@ -306,7 +308,11 @@ class Diffusion(L.LightningModule):
         def draw(rows: list[int], *, attempt: int) -> SamplerOutput:
             generators = [self._row_generator(seed, numbers[row], attempt) for row in rows]
             return sampler.sample(
-                self.denoiser, canvas[rows], generator=generators, on_step=on_step
+                self.denoiser,
+                canvas[rows],
+                limits=None if limits is None else limits[rows],
+                generator=generators,
+                on_step=on_step,
             )
 
         output = draw(list(range(len(canvas))), attempt=0)

@@ -1,41 +1,41 @@
 """Evaluation of a trained model: likelihood (`ppl_eval`) and samples (`sample_eval`)."""
 
-import csv
 import dataclasses
 import hashlib
-import io
 import json
 import os
+import time
+from collections.abc import Sequence
 from typing import Any
 
-import fsspec
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.panel import Panel
 from rich.progress import track
+from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from dataloader import get_dataloaders, get_tokenizer
 from diffusion import Diffusion
-from metrics import token_entropy
+from metrics import GenerativePerplexity, SampleScore, ScorerUnavailableError, token_entropy
 from report import print_table
+from sample_log import SampleRecord, append_samples
+from sampling.base import SamplerOutput
 from sampling.options import SMALL_VOCABULARY, SamplingOptions
+from sampling.prompts import CanvasRow, gap_row, prompt_row, read_gap_texts, read_prompts, stack
 from training.checkpointing import load_weights, read_weights
 from utils import (
     absolute_path,
-    file_exists,
     get_logger,
     lightning_precision,
+    process_rank,
     resolve_device,
     write_text,
 )
 
 logger = get_logger(__name__)
-
-SAMPLE_COLUMNS = ("gen_ppl", "gen_nfes", "gen_entropy", "gen_lengths", "samples", "seed")
 
 
 def load_model(config: DictConfig, tokenizer: PreTrainedTokenizerBase) -> Diffusion:
@@ -119,59 +119,159 @@ def suit_vocabulary(options: SamplingOptions, *, vocab_size: int) -> SamplingOpt
     return dataclasses.replace(options, min_entropy=None)
 
 
-def sample_eval(config: DictConfig) -> str | None:
-    """Draw `sampling.num_sample_batches` batches, print them and write one CSV row per sample.
+def canvas_rows(
+    config: DictConfig, tokenizer: PreTrainedTokenizerBase, *, mask_index: int
+) -> list[CanvasRow]:
+    """The rows to sample: blank ones, or those of `sampling.prompts` or `sampling.infill`.
+
+    Each prompt and each text with gaps is completed `sampling.num_sample_batches` times.
+    """
+    sampling, length = config.sampling, config.model.length
+    bos_index = tokenizer.bos_token_id
+    repeats = sampling.num_sample_batches
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    if sampling.prompts is not None:
+        limit = sampling.max_new_tokens
+        shared = {"encode": encode, "bos_index": bos_index, "length": length}
+        texts = read_prompts(sampling.prompts)
+        return [prompt_row(t, max_new_tokens=limit, **shared) for t in texts] * repeats
+    if sampling.infill is not None:
+        shared = {"encode": encode, "bos_index": bos_index, "length": length}
+        texts = read_gap_texts(sampling.infill)
+        return [gap_row(t, mask_index=mask_index, **shared) for t in texts] * repeats
+    end = length if sampling.max_new_tokens is None else 1 + sampling.max_new_tokens
+    blank = CanvasRow(tokens=[bos_index], limit=min(end, length), source="")
+    return [blank] * (repeats * config.loader.eval_batch_size)
+
+
+def load_scorer(config: DictConfig, device: torch.device) -> GenerativePerplexity | OSError | None:
+    """The model that scores samples; None where the user wants none, the error where it fails."""
+    name = config.eval.gen_ppl_eval_model_name_or_path
+    if name is None:
+        return None
+    try:
+        return GenerativePerplexity.load(name, device=device)
+    except ScorerUnavailableError as error:
+        logger.error("Samples will be written without generative perplexity. %s", error)
+        return error
+
+
+def sample_eval(config: DictConfig) -> str:
+    """Sample, print, score and write; a batch is on disk before the next one begins.
+
+    Processes (under srun or torchrun) share the batches out; a row does not depend on which of
+    them draws it.
 
     Returns:
-        The path of the CSV file in `sampling.logdir`; None on all processes but the first, which
-        alone draws samples (under srun every one of them would draw the same).
+        The path of the CSV file in `sampling.logdir`; `samples.jsonl` beside it holds more.
+
+    Raises:
+        ScorerUnavailableError: after the samples are written, if they could not be scored.
     """
-    if rank_zero_only.rank != 0:
-        return None
     options = sampling_options(config)
+    rank, world_size = process_rank()
     tokenizer = get_tokenizer(config)
     device = resolve_device(config.trainer.accelerator)
     model = load_model(config, tokenizer).to(device)
     options = suit_vocabulary(options, vocab_size=model.backbone.config.vocab_size)
-    is_bf16 = lightning_precision(config.trainer.precision).startswith("bf16")
-    batch_size = config.loader.eval_batch_size
-    rows = []
-    for batch in track(range(config.sampling.num_sample_batches), description="Sampling"):
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_bf16):
-            output = model.generate(
-                num_samples=batch_size,
-                options=options,
-                seed=config.seed,
-                first_row=batch * batch_size,
-                max_retries=config.sampling.max_retries,
-            )
-        for tokens, length, nfe in zip(
-            output.tokens, output.lengths, output.num_forward_passes, strict=True
-        ):
-            text = tokenizer.decode(tokens[:length])
-            Console().print(Panel(text, title=f"sample {len(rows) + 1}"), markup=False)
-            rows.append(
-                {
-                    "gen_nfes": int(nfe),
-                    "gen_entropy": token_entropy(tokens[:length]),
-                    "gen_lengths": int(length),
-                    "samples": text,
-                    "seed": config.seed,
-                }
-            )
-    return _append_samples(absolute_path(config.sampling.logdir, base=os.getcwd()), rows)
-
-
-def _append_samples(logdir: str, rows: list[dict[str, Any]]) -> str:
-    path = f"{logdir}/samples.csv"
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, SAMPLE_COLUMNS)
-    if file_exists(path):
-        with fsspec.open(path, "r", newline="", encoding="utf-8") as file:
-            text.write(file.read())
-    else:
-        writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
-    logger.info("%d samples are in %s", len(rows), path)
+    rows = canvas_rows(config, tokenizer, mask_index=model.mask_index)
+    scorer = load_scorer(config, device)
+    size = config.loader.eval_batch_size
+    starts = range(rank * size, len(rows), world_size * size)
+    logdir = absolute_path(config.sampling.logdir, base=os.getcwd())
+    records: list[SampleRecord] = []
+    began = time.monotonic()
+    for start in track(starts, description="Sampling", disable=rank > 0):
+        batch = rows[start : start + size]
+        output = draw(config, model, batch, options=options, first_row=start)
+        fresh = to_records(config, tokenizer, batch, output, first_row=start, scorer=scorer)
+        path = append_samples(logdir, fresh)
+        for number, record in enumerate(fresh, start=start + 1):
+            Console().print(Panel(Text(record.samples), title=f"sample {number}"))
+        records += fresh
+    if rank == 0:
+        print_table("Samples", summary(records, seconds=time.monotonic() - began))
+    logger.info("Samples are in %s", logdir)
+    if isinstance(scorer, OSError):
+        raise scorer
     return path
+
+
+def draw(
+    config: DictConfig,
+    model: Diffusion,
+    batch: Sequence[CanvasRow],
+    *,
+    options: SamplingOptions,
+    first_row: int,
+) -> SamplerOutput:
+    """Complete a batch of rows in the precision of `trainer.precision`."""
+    is_bf16 = lightning_precision(config.trainer.precision).startswith("bf16")
+    # Beyond its context mdlm goes on by half a window, which is its block there.
+    is_long = max(row.limit for row in batch) > model.block_size and not config.algo.cross_attn
+    unit = max(1, model.block_size // 2) if is_long else model.block_size
+    canvas, limits = stack(
+        batch, block_size=unit, mask_index=model.mask_index, device=model.device
+    )
+    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=is_bf16):
+        return model.generate(
+            canvas,
+            limits=limits,
+            options=options,
+            seed=config.seed,
+            first_row=first_row,
+            max_retries=config.sampling.max_retries,
+        )
+
+
+def to_records(
+    config: DictConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    batch: Sequence[CanvasRow],
+    output: SamplerOutput,
+    *,
+    first_row: int,
+    scorer: GenerativePerplexity | OSError | None,
+) -> list[SampleRecord]:
+    """One record per sampled row, scored where there is a scorer."""
+    rows = [t[:n] for t, n in zip(output.tokens.cpu(), output.lengths.tolist(), strict=True)]
+    texts = [tokenizer.decode(row) for row in rows]
+    scores: Sequence[SampleScore | None] = [None] * len(rows)
+    if isinstance(scorer, GenerativePerplexity):
+        window_batch = config.eval.perplexity_batch_size
+        scores = scorer.score(texts, max_length=config.model.length, batch_size=window_batch)
+    checkpoint, digest = config.eval.checkpoint_path, config_hash(config)
+    return [
+        SampleRecord(
+            samples=texts[i],
+            gen_ppl=scores[i].gen_ppl if scores[i] else None,
+            gen_entropy=scores[i].entropy if scores[i] else token_entropy(rows[i]),
+            gen_nfes=int(output.num_forward_passes[i]),
+            gen_nfes_paper=int(output.num_denoising_passes[i]),
+            gen_lengths=len(rows[i]),
+            seed=config.seed,
+            extra={
+                "row": first_row + i,
+                "accepted": bool(output.accepted[i]),
+                "source": batch[i].source,
+                "checkpoint": checkpoint,
+                "config_hash": digest,
+            },
+        )
+        for i in range(len(rows))
+    ]
+
+
+def summary(records: Sequence[SampleRecord], *, seconds: float) -> dict[str, float | int]:
+    """Means over samples, and how fast they came."""
+    num_tokens = sum(r.gen_lengths for r in records)
+    values: dict[str, float | int] = {"samples": len(records), "tokens": num_tokens}
+    for name in ("gen_ppl", "gen_entropy", "gen_lengths", "gen_nfes", "gen_nfes_paper"):
+        known = [v for r in records if (v := getattr(r, name)) is not None]
+        if known:
+            values[f"mean {name}"] = sum(known) / len(known)
+    values["tokens per second"] = num_tokens / seconds
+    return values

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from configuration import ignored_key_warnings, register_resolvers, validate, world_size
 from dataloader import get_dataloaders, get_tokenizer
 from diffusion import Diffusion
-from evaluation import ppl_eval, sample_eval
+from evaluation import ppl_eval, sample_eval, sampling_options
 from report import draw_training_curve
 from training.callbacks import EMACallback, LastCheckpoint
 from training.checkpointing import load_weights, read_weights
@@ -35,6 +35,8 @@ PATH_KEYS = (
     "data.valid_path",
     "data.cache_dir",
     "eval.results_path",
+    "sampling.prompts",
+    "sampling.infill",
     "checkpointing.save_dir",
     "checkpointing.resume_ckpt_path",
 )
@@ -164,6 +166,7 @@ def run(config: DictConfig, *, launch_dir: str) -> None:
     """
     quiet_known_noise()
     validate(config)
+    sampling_options(config)  # refuses now what samplers could not do after a training
     for warning in ignored_key_warnings(config):
         logger.warning(warning)
     make_paths_absolute(config, launch_dir=launch_dir)

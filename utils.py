@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import math
+import os
 import warnings
 from pathlib import Path
 
@@ -76,11 +77,20 @@ def write_text(path: str, text: str) -> None:
         raise OSError(f"{path}: cannot be written ({error})") from error
 
 
+def process_rank() -> tuple[int, int]:
+    """This process's rank and the number of processes, as torchrun, Lightning or srun say."""
+    for rank, world_size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
+        if rank in os.environ and world_size in os.environ:
+            return int(os.environ[rank]), int(os.environ[world_size])
+    return rank_zero_only.rank, int(os.environ.get("WORLD_SIZE", 1))
+
+
 def resolve_device(accelerator: str) -> torch.device:
-    """The device of a single process for `trainer.accelerator`."""
+    """The device of this process for `trainer.accelerator`; processes of a node take turns."""
     if accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
+    local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+    return torch.device("cuda", local_rank % torch.cuda.device_count())
 
 
 def lightning_precision(precision: str | int) -> str:

@@ -50,6 +50,7 @@ def overrides(folder: Path, *changes: str) -> list[str]:
         "trainer.num_sanity_val_steps=0",
         "trainer.log_every_n_steps=1",
         "callbacks.checkpoint_every_n_steps.every_n_train_steps=2",
+        "eval.gen_ppl_eval_model_name_or_path=null",
         "wandb=null",
         *changes,
     ]

@@ -1,50 +1,133 @@
-"""What the evaluation modes write (the whole path is in test_end_to_end.py)."""
+"""What the evaluation modes read and write (the whole path is in test_end_to_end.py)."""
 
-import csv
-import errno
+import json
+import shutil
 
 import pytest
-from fsspec.implementations.local import LocalFileSystem
-from lightning.pytorch.utilities import rank_zero_only
+import torch
 
 import evaluation
-from evaluation import _append_samples, config_hash, sample_eval
+from corpora.tokenization import load_tokenizer
+from diffusion import Diffusion
+from evaluation import canvas_rows, config_hash, sample_eval, sampling_options, suit_vocabulary
+from metrics import ScorerUnavailableError
+from sample_log import read_samples
+from sampling.options import SamplingOptions
 from tests.small_run import overrides
+from training.checkpointing import Weights
 
-ROW = {"gen_nfes": 3, "gen_entropy": 1.5, "gen_lengths": 4, "seed": 1}
-
-
-def texts(path: str) -> list[str]:
-    with open(path, newline="", encoding="utf-8") as file:
-        return [row["samples"] for row in csv.DictReader(file)]
+NO_SCORER = "eval.gen_ppl_eval_model_name_or_path=null"
 
 
-def test_samples_survive_commas_quotes_and_line_breaks(tmp_path):
-    """And are never evaluated: the original called eval on the cells."""
-    awkward = ['a "quoted", cell', "two\nlines\r\nthree", "__import__('os')", "ü – 漢"]
-    for text in awkward:
-        path = _append_samples(str(tmp_path / "new"), [ROW | {"samples": text}])
-    assert texts(path) == awkward
+@pytest.fixture
+def small_run(compose, tmp_path, monkeypatch):
+    """sample_eval of a random network: `small_run("sampling.kv_cache=true")`, the records."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*changes, rank=0, world_size=1):
+        settings = ("mode=sample_eval", f"sampling.logdir={tmp_path}/log", "eval.disable_ema=true")
+        config = compose(overrides(tmp_path, *settings, "algo=bd3lm", "block_size=4", *changes))
+
+        def weights(_source):
+            torch.manual_seed(0)
+            state = Diffusion(config, load_tokenizer("bytes")).state_dict()
+            for name, value in state.items():
+                if "linear" in name:
+                    value.normal_()
+            return Weights("random", state)
+
+        monkeypatch.setattr(evaluation, "read_weights", weights)
+        monkeypatch.setattr(evaluation, "process_rank", lambda: (rank, world_size))
+        sample_eval(config)
+        log = tmp_path / "log" / "samples.jsonl"
+        return read_samples(log) if log.exists() else []
+
+    return run
 
 
-def test_a_full_disk_keeps_the_samples_that_were_there(tmp_path, monkeypatch):
-    path = _append_samples(str(tmp_path), [ROW | {"samples": "old"}])
+def test_rows_of_batches_and_processes_are_the_same_rows(small_run, tmp_path):
+    """Under srun every process drew the same samples; batch > 1 misaligned the rows."""
+    sizes = ["sampling.num_sample_batches=4", "loader.eval_batch_size=2", NO_SCORER]
+    for rank in range(2):
+        small_run(*sizes, f"sampling.logdir={tmp_path}/shared", rank=rank, world_size=2)
+    shared = read_samples(tmp_path / "shared" / "samples.jsonl")
+    alone = small_run("sampling.num_sample_batches=1", "loader.eval_batch_size=8", NO_SCORER)
+    assert sorted(r.extra["row"] for r in shared) == list(range(8))
+    by_row = {r.extra["row"]: r.samples for r in shared}
+    assert [by_row[i] for i in range(8)] == [r.samples for r in alone]
+    assert len({r.samples for r in alone}) == 8
 
-    def disk_full(*args, **kwargs):
-        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(LocalFileSystem, "mv", disk_full)
-    with pytest.raises(OSError, match="samples.csv: cannot be written"):
-        _append_samples(str(tmp_path), [ROW | {"samples": "new"}])
-    assert texts(path) == ["old"]
-    assert [p.name for p in tmp_path.iterdir()] == ["samples.csv"]
+def test_cached_samples_are_the_same(small_run, tmp_path):
+    plain = small_run("loader.eval_batch_size=3", NO_SCORER)
+    logdir = f"sampling.logdir={tmp_path}/cached"
+    small_run("loader.eval_batch_size=3", NO_SCORER, "sampling.kv_cache=true", logdir)
+    cached = read_samples(tmp_path / "cached" / "samples.jsonl")
+    assert [r.samples for r in cached] == [r.samples for r in plain]
 
 
-def test_one_process_samples(compose, tmp_path, monkeypatch):
-    """Under srun every process drew the same samples and wrote them to the same file."""
-    monkeypatch.setattr(rank_zero_only, "rank", 1)
-    monkeypatch.setattr(evaluation, "get_tokenizer", None)  # calling it would fail
-    assert sample_eval(compose(overrides(tmp_path, "mode=sample_eval"))) is None
+def test_prompts_of_different_lengths_are_gone_on_from(small_run, tmp_path):
+    (tmp_path / "prompts.txt").write_text("The old\nA patient fisher\n")
+    records = small_run(
+        f"sampling.prompts={tmp_path}/prompts.txt", "sampling.max_new_tokens=5", NO_SCORER
+    )
+    assert [r.samples.startswith(f"[BOS]{r.extra['source']}") for r in records] == [True, True]
+    assert [r.gen_lengths for r in records] == [1 + 7 + 5, 1 + 16 + 5]
+    assert [r.gen_nfes_paper for r in records] == [5, 5]
+
+
+def test_gaps_are_filled_and_nothing_else(small_run, tmp_path):
+    line = json.dumps({"text": "The [MASK:4] gate"})
+    (tmp_path / "gaps.jsonl").write_text(line + "\n")
+    (record,) = small_run(f"sampling.infill={tmp_path}/gaps.jsonl", NO_SCORER)
+    assert record.samples.startswith("[BOS]The ") and record.samples.endswith(" gate")
+    assert record.gen_lengths == 1 + 4 + 4 + 5 and record.gen_nfes_paper == 4
+
+
+def test_samples_are_written_although_the_scorer_is_missing(small_run, tmp_path):
+    with pytest.raises(ScorerUnavailableError, match="null to skip generative perplexity"):
+        small_run("eval.gen_ppl_eval_model_name_or_path=./nowhere", "loader.eval_batch_size=2")
+    records = read_samples(tmp_path / "log" / "samples.jsonl")
+    assert len(records) == 2 and all(r.gen_ppl is None for r in records)
+
+
+def test_samples_are_scored(small_run, shared, tmp_path):
+    scorer = tmp_path / "scorer"
+    shutil.copytree(shared / "data" / "tokenizers" / "gpt2", scorer)
+    shutil.copytree(shared / "golden" / "tiny-gpt2", scorer, dirs_exist_ok=True)
+    records = small_run(
+        f"eval.gen_ppl_eval_model_name_or_path={scorer}", "loader.eval_batch_size=3"
+    )
+    assert len(records) == 3 and all(r.gen_ppl > 1 and r.gen_entropy > 0 for r in records)
+
+
+def test_the_entropy_rule_is_off_for_small_vocabularies(caplog):
+    """Entropy below 4 nats rejected every sample of a vocabulary under 55 tokens."""
+    options = SamplingOptions(min_entropy=4.0)
+    assert suit_vocabulary(options, vocab_size=50_258) is options
+    assert suit_vocabulary(options, vocab_size=260).min_entropy is None
+    assert "sampling.min_entropy=4.0 is off" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("sampling.confidence_threshold=0", "sampling.confidence_threshold=0: allowed is null"),
+        ("sampling.nucleus_rule=none", "sampling.nucleus_rule=none: allowed is paper and standard"),
+        ("sampling.tokens_per_step=0", "sampling.tokens_per_step=0: allowed is an integer"),
+        ("sampling.temperature=-1", "sampling.temperature=-1: allowed is a number"),
+        ("sampling.top_k=0", "sampling.top_k=0: allowed is null and an integer"),
+    ],
+)
+def test_impossible_options_name_key_value_and_what_is_allowed(change, message, compose):
+    with pytest.raises(ValueError, match=message.replace("[", r"\[")):
+        sampling_options(compose(["mode=sample_eval", change]))
+
+
+def test_blank_rows_follow_max_new_tokens(compose, tmp_path):
+    config = compose(overrides(tmp_path, "mode=sample_eval", "sampling.max_new_tokens=9"))
+    rows = canvas_rows(config, load_tokenizer("bytes"), mask_index=259)
+    assert {row.limit for row in rows} == {10} and len(rows) == config.loader.eval_batch_size
 
 
 def test_hash_follows_the_configuration(compose, tmp_path):

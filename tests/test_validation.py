@@ -95,6 +95,14 @@ REFUSED = [
         "algo.var_min=True: allowed with algo.cross_attn=False is False",
     ),
     (
+        ["sampling.prompts=a.txt", "sampling.infill=b.jsonl"],
+        "sampling.infill=b.jsonl: allowed with sampling.prompts=a.txt is null",
+    ),
+    (
+        ["sampling.max_new_tokens=0"],
+        "sampling.max_new_tokens=0: allowed are null and an integer in [1, inf)",
+    ),
+    (
         ["mode=ppl_eval", "trainer.limit_val_batches=0"],
         "trainer.limit_val_batches=0: allowed with mode=ppl_eval are positive numbers",
     ),
