@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import main
-from evaluation import SAMPLE_COLUMNS
+from sample_log import COLUMNS
 from tests.small_run import ALGOS, overrides, write_text
 
 RESULT_KEYS = {
@@ -49,7 +49,7 @@ def logged(folder: Path, name: str) -> list[float]:
 def read_samples(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
-        assert tuple(reader.fieldnames) == SAMPLE_COLUMNS
+        assert tuple(reader.fieldnames) == COLUMNS
         return list(reader)
 
 
