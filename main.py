@@ -6,7 +6,6 @@ from pathlib import Path
 
 import hydra
 import lightning as L
-from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
 
@@ -15,7 +14,7 @@ from dataloader import get_dataloaders, get_tokenizer
 from diffusion import Diffusion
 from evaluation import ppl_eval, sample_eval, sampling_options
 from report import draw_training_curve
-from training.callbacks import EMACallback, LastCheckpoint
+from training.callbacks import EMACallback, LastCheckpoint, ProgressBar
 from training.checkpointing import load_weights, read_weights
 from utils import (
     absolute_path,
@@ -84,7 +83,7 @@ def wandb_arguments(config: DictConfig) -> dict:
 
 def build_trainer(config: DictConfig, *, is_training: bool) -> L.Trainer:
     """The Lightning trainer of `trainer`, `strategy` and `callbacks`."""
-    callbacks: list[L.Callback] = [RichProgressBar()]
+    callbacks: list[L.Callback] = [ProgressBar()]
     loggers: list[Logger] = []
     if is_training:
         callbacks += [hydra.utils.instantiate(c) for c in config.callbacks.values()]

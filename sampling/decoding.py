@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 NUCLEUS_RULES = ("paper", "standard")
+# Tokens among which the nucleus is looked for first. A trained model's nucleus of 0.9 is smaller.
+CANDIDATES = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,12 +73,22 @@ def nucleus(probs: Tensor, *, p: float, keeps_crossing: bool = False) -> Tensor:
     """
     if p >= 1.0:
         return probs
-    ordered, order = probs.sort(dim=-1, descending=True, stable=True)
+    ordered, order = _most_probable(probs, mass=p)
     cumulative = ordered.cumsum(dim=-1)
     keep = (cumulative - ordered < p) if keeps_crossing else (cumulative <= p)
     keep[..., 0] = True
     kept = torch.zeros_like(probs).scatter(-1, order, ordered * keep)
     return kept / kept.sum(dim=-1, keepdim=True)
+
+
+def _most_probable(probs: Tensor, *, mass: float) -> tuple[Tensor, Tensor]:
+    """Probabilities and tokens in descending order, at least as many as make up the mass."""
+    if probs.device.type == "cpu" and probs.shape[-1] > CANDIDATES:
+        # A CPU sorts 50,000 numbers as long as it runs the network on a block; these it finds fast.
+        ordered, order = probs.topk(CANDIDATES, dim=-1)
+        if bool((ordered.sum(dim=-1) > mass).all()):
+            return ordered, order
+    return probs.sort(dim=-1, descending=True, stable=True)
 
 
 def categorical(probs: Tensor, *, u: Tensor) -> Tensor:

@@ -3,9 +3,23 @@
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, RichProgressBar
 
 from models.ema import ExponentialMovingAverage
+
+
+class ProgressBar(RichProgressBar):
+    """Lightning's, with the step of the whole run instead of an end of epochs that has none."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return f"Epoch {current_epoch}"
+
+    def get_metrics(
+        self, trainer: L.Trainer, pl_module: L.LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)  # the logger's number of the run
+        return {"step": f"{trainer.global_step}/{trainer.max_steps}"} | metrics
 
 
 class EMACallback(L.Callback):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sampling import decoding
 from sampling.decoding import Decoding, categorical, nucleus, top_k
 from tests.references import p_value
 
@@ -35,6 +36,20 @@ def test_the_standard_rule_keeps_the_crossing_token():
     probs = torch.tensor([0.25, 0.5, 0.125, 0.125], dtype=torch.float64)
     kept = nucleus(probs, p=0.7, keeps_crossing=True)
     torch.testing.assert_close(kept, torch.tensor([1 / 3, 2 / 3, 0, 0]).double())
+
+
+@pytest.mark.parametrize("sharpness", [0.5, 6.0])
+@pytest.mark.parametrize("keeps_crossing", [False, True])
+def test_nucleus_among_candidates_equals_the_full_sort(sharpness, keeps_crossing, monkeypatch):
+    """Both where the nucleus lies among the first candidates and where it does not."""
+    generator = torch.Generator().manual_seed(0)
+    logits = sharpness * torch.randn(6, 5_000, generator=generator, dtype=torch.float64)
+    fast = nucleus(logits.softmax(dim=-1), p=0.9, keeps_crossing=keeps_crossing)
+    monkeypatch.setattr(decoding, "CANDIDATES", 5_000)
+    plain = nucleus(logits.softmax(dim=-1), p=0.9, keeps_crossing=keeps_crossing)
+    assert torch.equal(fast > 0, plain > 0)
+    torch.testing.assert_close(fast, plain, rtol=1e-12, atol=0)
+    assert ((fast > 0).sum(dim=-1) > 1024).all() == (sharpness < 1)
 
 
 def test_top_k_keeps_the_best():

@@ -1,0 +1,180 @@
+"""How fast bd3lm samples: with the KV cache, beside recomputing the window in every step.
+
+    python -m benchmarks.sampling --batch-size 1 16 --json sampling.json
+
+Random weights, first-hitting, nucleus 0.9. Both figures of a row come from the same run. The
+recomputing sampler is timed on three blocks, at the start, the middle and the end of the text,
+because a whole text would take minutes per row; its figure is the mean over them.
+"""
+
+import argparse
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.machine import description, peak_memory_mb
+from models.dit import DIT, DITConfig
+from models.masks import AttentionPattern
+from objectives import Denoiser
+from sampling.base import blank_canvas
+from sampling.decoding import Decoding
+from sampling.semi_ar import SemiAutoregressiveSampler
+
+MODELS = {  # hidden size, conditioning, layers, heads
+    "tiny": (256, 64, 8, 8),
+    "small": (768, 128, 12, 12),
+    "medium": (1024, 128, 24, 16),
+}
+VOCAB_SIZE = 50_258  # GPT-2's and the mask
+MASK, BOS = VOCAB_SIZE - 1, VOCAB_SIZE - 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """One row of the table; times are wall-clock."""
+
+    batch_size: int
+    tokens_per_second: float  # all rows together, whole texts
+    reference_tokens_per_second: float
+    last_over_first: float  # time of the last 100 tokens over that of the first 100
+    memory_above_weights_mb: float  # peak, with the cache and all that was loaded
+
+
+def build(model: str, *, block_size: int, device: torch.device) -> Denoiser:
+    """A network of this size with random weights everywhere."""
+    hidden_size, cond_dim, n_blocks, n_heads = MODELS[model]
+    torch.manual_seed(0)
+    config = DITConfig(
+        vocab_size=VOCAB_SIZE,
+        block_size=block_size,
+        hidden_size=hidden_size,
+        cond_dim=cond_dim,
+        n_blocks=n_blocks,
+        n_heads=n_heads,
+        attn_backend="auto",
+    )
+    backbone = DIT(config).to(device).eval()
+    # The zero-initialised head would make every token equally likely. This spread of the logits
+    # gives about the entropy of a trained model, 3 to 4 nats, which the nucleus depends on.
+    torch.nn.init.normal_(backbone.output_layer.linear.weight, std=4.6 / hidden_size**0.5)
+    return Denoiser(backbone=backbone, parameterization="subs", mask_index=MASK)
+
+
+def time_steps(
+    denoise: Denoiser, sampler: SemiAutoregressiveSampler, canvas: torch.Tensor
+) -> list[float]:
+    """Seconds of each pass of one sampling run."""
+    stamps = [time.perf_counter()]
+
+    def stamp(_tokens: torch.Tensor) -> None:
+        if canvas.device.type == "cuda":
+            torch.cuda.synchronize()
+        stamps.append(time.perf_counter())
+
+    generators = [torch.Generator(canvas.device).manual_seed(row) for row in range(len(canvas))]
+    sampler.sample(denoise, canvas, generator=generators, on_step=stamp)
+    return [after - before for before, after in zip(stamps, stamps[1:], strict=False)]
+
+
+def measure(
+    denoise: Denoiser, *, batch_size: int, length: int, block_size: int, device: torch.device
+) -> Figures:
+    """The figures of one batch size."""
+
+    def sampler(*, use_cache: bool) -> SemiAutoregressiveSampler:
+        return SemiAutoregressiveSampler(
+            block_size=block_size,
+            mask_index=MASK,
+            pad_index=BOS,
+            pattern=AttentionPattern.BLOCK_CAUSAL,
+            decoding=Decoding(nucleus_p=0.9),
+            use_cache=use_cache,
+        )
+
+    blank = blank_canvas(
+        batch_size, length, bos_index=BOS, mask_index=MASK, device=device
+    )
+    cached = sampler(use_cache=True)
+    time_steps(denoise, cached, blank[:, : 2 * block_size])  # warm-up
+    steps = time_steps(denoise, cached, blank)
+    memory = peak_memory_mb(device)
+
+    reference_steps = []
+    for start in (0, length // block_size // 2 * block_size, length - block_size):
+        canvas = blank[:, : start + block_size].clone()
+        canvas[:, :start] = torch.randint(BOS, (batch_size, start), device=device)
+        reference_steps += time_steps(denoise, sampler(use_cache=False), canvas)
+    weights = sum(p.numel() * p.element_size() for p in denoise.backbone.parameters()) / 1e6
+    return Figures(
+        batch_size=batch_size,
+        tokens_per_second=batch_size * len(steps) / sum(steps),
+        reference_tokens_per_second=batch_size * len(reference_steps) / sum(reference_steps),
+        last_over_first=sum(steps[-100:]) / sum(steps[:100]),
+        memory_above_weights_mb=memory - weights,
+    )
+
+
+def print_figures(rows: list[Figures], where: dict, *, title: str) -> None:
+    """The table of a run."""
+    caption = ", ".join(f"{key} {value}" for key, value in where.items() if key != "command")
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    for heading in ("batch", "tokens/s", "recomputing", "ratio", "last / first 100", "memory MB"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        ratio = row.tokens_per_second / row.reference_tokens_per_second
+        table.add_row(
+            str(row.batch_size),
+            f"{row.tokens_per_second:,.1f}",
+            f"{row.reference_tokens_per_second:,.1f}",
+            f"{ratio:.1f} x",
+            f"{row.last_over_first:.2f}",
+            f"{row.memory_above_weights_mb:,.0f}",
+        )
+    Console().print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", choices=MODELS, default="small")
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--block-size", type=int, default=16)
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--precision", choices=("bf16", "float32"), default="bf16")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    arguments = parser.parse_args()
+    if arguments.length % arguments.block_size:
+        parser.error(f"--length {arguments.length} is no multiple of --block-size")
+    device = torch.device(arguments.device)
+    where = description(device)
+    denoise = build(arguments.model, block_size=arguments.block_size, device=device)
+    rows = []
+    is_bf16 = arguments.precision == "bf16"
+    with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_bf16):
+        for batch_size in arguments.batch_size:
+            rows.append(
+                measure(
+                    denoise,
+                    batch_size=batch_size,
+                    length=arguments.length,
+                    block_size=arguments.block_size,
+                    device=device,
+                )
+            )
+    title = (
+        f"{arguments.model}, N = {arguments.length}, L = {arguments.block_size}, "
+        f"{arguments.precision}"
+    )
+    print_figures(rows, where, title=title)
+    if arguments.json is not None:
+        record = where | {"title": title, "rows": [asdict(row) for row in rows]}
+        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
