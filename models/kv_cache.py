@@ -75,3 +75,9 @@ class KVCache:
                 f"{self._num_written - self.num_tokens}"
             )
         self.num_tokens += num_tokens
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Row i becomes what row `rows[i]` was, for (B,) int64; in the same buffers."""
+        seen = min(self.num_tokens, self.capacity)
+        for buffer in self._buffer[..., :seen, :]:  # a layer at a time
+            buffer.copy_(buffer[:, rows])

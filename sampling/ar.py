@@ -12,6 +12,7 @@ from objectives import Denoiser
 
 from .base import Generators, Progress, SamplerOutput, uniform
 from .decoding import Decoding
+from .reveal import NOT_MASKED
 from .semi_ar import CONTEXT_WINDOW
 from .stopping import StopRule
 
@@ -54,33 +55,51 @@ class AutoregressiveSampler:
         u = uniform((len(canvas), length), device=canvas.device, generator=generator)
         cache = None
         if self.use_cache:
-            cache = denoise.make_cache(len(canvas), capacity=min(CONTEXT_WINDOW, length))
+            cache = denoise.make_cache(len(canvas), capacity=self.cache_capacity(length))
         for position in range(1, length):
-            at = progress.to_fill(position, position + 1)[:, 0]
+            at = progress.to_fill(position, position + 1)  # (B, 1)
             if at.any():
-                log_p = self._predict(denoise, progress, cache, position=position)[at]
-                tokens, confidence = self.decoding.draw(log_p, u=u[at, position])
-                progress.reveal(
-                    at[:, None], tokens=tokens, confidence=confidence, start=position
+                log_p = self.predict(
+                    denoise, progress, cache, start=position, end=position + 1, at=at
                 )
+                tokens, confidence = self.decoding.draw(log_p, u=u[:, position : position + 1][at])
+                progress.reveal(at, tokens=tokens, confidence=confidence, start=position)
             if (position + 1) % STOP_EVERY == 0 or position + 1 == length:
                 self.stop.apply(progress, end=position + 1)
                 if not progress.is_active.any():
                     break
         return progress.output(pad_index=self.pad_index)
 
-    def _predict(
-        self, denoise: Denoiser, progress: Progress, cache: KVCache | None, *, position: int
+    def cache_capacity(self, length: int) -> int:
+        """Tokens the cache holds."""
+        return min(CONTEXT_WINDOW, length)
+
+    def end_of_block(self, start: int, *, length: int) -> int:
+        """A token is a block of its own."""
+        return start + 1
+
+    def pass_numbers(self, masked: Tensor, *, u: Tensor) -> Tensor:
+        """In which pass of its block each mask is drawn, (B, 1): the only one."""
+        return torch.zeros_like(masked, dtype=torch.int64).masked_fill(~masked, NOT_MASKED)
+
+    def predict(
+        self,
+        denoise: Denoiser,
+        progress: Progress,
+        cache: KVCache | None,
+        *,
+        start: int,
+        end: int,
+        at: Tensor,
     ) -> Tensor:
-        """log p of the token at `position`, (B, V)."""
-        first = max(0, position - CONTEXT_WINDOW)
+        """log p of the token at `start` = `end` - 1 in the rows `at` (B, 1), (n, V)."""
+        first = max(0, start - CONTEXT_WINDOW)
         if cache is not None:
-            while position > cache.capacity and cache.num_tokens < position - 1:
+            while start > cache.capacity and cache.num_tokens < start - 1:
                 self._store_one(denoise, progress, cache)
             first = cache.num_tokens
-        window = progress.x[:, first:position]
-        at = torch.zeros_like(window, dtype=torch.bool)
-        at[:, -1] = True
+        window = progress.x[:, first:start]
+        at = torch.nn.functional.pad(at, (window.shape[1] - 1, 0))
         log_p = denoise(window, pattern=AttentionPattern.CAUSAL, kv_cache=cache, at=at)
         if cache is not None:
             cache.commit(window.shape[1])

@@ -100,6 +100,7 @@ class Progress:
         x: the tokens, (B, N).
         given: which of them were in the canvas, (B, N).
         is_active: rows that have not stopped, (B,).
+        limits: where each row ends at the latest, (B,).
     """
 
     def __init__(
@@ -116,8 +117,8 @@ class Progress:
         self._on_step = on_step
         zeros = torch.zeros(len(canvas), dtype=torch.int64, device=canvas.device)
         self._denoising_passes, self._storing_passes = zeros, zeros.clone()
-        self._limits = zeros + canvas.shape[1] if limits is None else limits
-        self._lengths = self._limits.clone()
+        self.limits = zeros + canvas.shape[1] if limits is None else limits
+        self._lengths = self.limits.clone()
         self._accepted = self.is_active.clone()
         self._revealed_at = torch.zeros_like(canvas)
         self._confidence = torch.ones_like(canvas, dtype=torch.float32)
@@ -152,11 +153,11 @@ class Progress:
         """The masks in these columns that are to be revealed, (B, end - start) bool."""
         positions = torch.arange(start, end, device=self.x.device)
         is_open = ~self.given[:, start:end] & (self._revealed_at[:, start:end] == 0)
-        return is_open & (positions < self._limits[:, None]) & self.is_active[:, None]
+        return is_open & (positions < self.limits[:, None]) & self.is_active[:, None]
 
     def stop_at_limits(self, end: int) -> None:
         """End the rows whose limit lies within the first `end` tokens."""
-        self.stop(self._limits <= end, lengths=self._limits, is_rejection=False)
+        self.stop(self.limits <= end, lengths=self.limits, is_rejection=False)
 
     def count_storing_pass(self) -> None:
         self._storing_passes += self.is_active

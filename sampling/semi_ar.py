@@ -72,21 +72,21 @@ class SemiAutoregressiveSampler:
         )
         cache = None
         if self.use_cache:
-            cache = denoise.make_cache(len(canvas), capacity=self._capacity(length))
+            cache = denoise.make_cache(len(canvas), capacity=self.cache_capacity(length))
         start = 0
         while start < length and progress.is_active.any():
-            end = self._end_of_block(start, length=length)
+            end = self.end_of_block(start, length=length)
             self._fill(denoise, progress, cache, start=start, end=end, generator=generator)
             self.stop.apply(progress, end=end)
             start = end
         return progress.output(pad_index=self.pad_index)
 
-    def _capacity(self, length: int) -> int:
+    def cache_capacity(self, length: int) -> int:
         """Tokens the cache holds: whole blocks up to the context window."""
         blocks = max(1, CONTEXT_WINDOW // self.block_size)
         return min(blocks, -(-length // self.block_size)) * self.block_size
 
-    def _end_of_block(self, start: int, *, length: int) -> int:
+    def end_of_block(self, start: int, *, length: int) -> int:
         """Where the block that begins at `start` ends; mdlm goes on by half a window."""
         is_later_window = self.pattern is AttentionPattern.FULL and start > 0
         step = max(1, self.block_size // 2) if is_later_window else self.block_size
@@ -114,19 +114,22 @@ class SemiAutoregressiveSampler:
         u_order, u_token = u.split(size, dim=1)
 
         def predict(at: Tensor) -> Tensor:
-            return self._predict(denoise, progress, cache, start=start, end=end, at=at)
+            return self.predict(denoise, progress, cache, start=start, end=end, at=at)
 
         if self.confidence_threshold is not None:
             self._fill_by_confidence(predict, progress, masked, u_token=u_token, start=start)
             return
-        if self.num_steps is None:
-            number = one_by_one(masked, u=u_order, tokens_per_step=self.tokens_per_step)
-        else:
-            number = on_time_grid(masked, u=u_order, num_steps=self.num_steps)
+        number = self.pass_numbers(masked, u=u_order)
         for step in range(int(number.max()) + 1):
             at = number == step
             tokens, confidence = self.decoding.draw(predict(at), u=u_token[at])
             progress.reveal(at, tokens=tokens, confidence=confidence, start=start)
+
+    def pass_numbers(self, masked: Tensor, *, u: Tensor) -> Tensor:
+        """In which pass each mask of a block is revealed, (B, L); see `reveal.one_by_one`."""
+        if self.num_steps is None:
+            return one_by_one(masked, u=u, tokens_per_step=self.tokens_per_step)
+        return on_time_grid(masked, u=u, num_steps=self.num_steps)
 
     def _fill_by_confidence(
         self,
@@ -147,7 +150,7 @@ class SemiAutoregressiveSampler:
             progress.reveal(at, tokens=tokens, confidence=confidence, start=start)
             masked = masked & ~at
 
-    def _predict(
+    def predict(
         self,
         denoise: Denoiser,
         progress: Progress,
