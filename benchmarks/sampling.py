@@ -60,7 +60,7 @@ def build(model: str, *, block_size: int, device: torch.device) -> Denoiser:
     )
     backbone = DIT(config).to(device).eval()
     # The zero-initialised head would make every token equally likely. This spread of the logits
-    # gives about the entropy of a trained model, 3 to 4 nats, which the nucleus depends on.
+    # gives about the entropy of a trained model, 4 nats, which the speed of the nucleus depends on.
     torch.nn.init.normal_(backbone.output_layer.linear.weight, std=4.6 / hidden_size**0.5)
     return Denoiser(backbone=backbone, parameterization="subs", mask_index=MASK)
 
