@@ -25,6 +25,7 @@ from sample_log import SampleRecord, append_samples
 from sampling.base import SamplerOutput
 from sampling.options import SMALL_VOCABULARY, SamplingOptions
 from sampling.prompts import CanvasRow, gap_row, prompt_row, read_gap_texts, read_prompts, stack
+from sampling.stopping import Decode
 from training.checkpointing import load_weights, read_weights
 from utils import (
     absolute_path,
@@ -83,13 +84,26 @@ def ppl_eval(config: DictConfig, trainer: L.Trainer) -> str:
     return path
 
 
-def sampling_options(config: DictConfig) -> SamplingOptions:
+def sampling_options(config: DictConfig, *, decode: Decode | None = None) -> SamplingOptions:
     """The keys under `sampling` and `algo.T` as the samplers take them.
 
-    The entropy rule is switched off, with a warning, for tokenizers of a small vocabulary: it is
-    made for GPT-2's, and would reject every text of, say, letters.
+    Args:
+        config: the composed configuration.
+        decode: the text of a list of tokens, for `sampling.stop_strings`.
+
+    Raises:
+        ValueError: names the key, its value and what is allowed.
     """
     sampling = config.sampling
+    has_use = sampling.infill is not None and config.algo.sampler != "analytic"
+    if sampling.infill_particles not in (None, 1) and not has_use:
+        raise ValueError(
+            f"sampling.infill_particles={sampling.infill_particles}: allowed without "
+            "sampling.infill and with algo.sampler=analytic is null"
+        )
+    stop_strings = sampling.stop_strings
+    if OmegaConf.is_list(stop_strings):
+        stop_strings = tuple(stop_strings)
     return SamplingOptions(
         first_hitting=sampling.first_hitting,
         num_steps=config.algo.T,
@@ -102,7 +116,10 @@ def sampling_options(config: DictConfig) -> SamplingOptions:
         confidence_threshold=sampling.confidence_threshold,
         var_length=sampling.var_length,
         stop_on_eos=sampling.stop_on_eos,
+        stop_strings=stop_strings,
+        decode=decode,
         min_entropy=sampling.min_entropy,
+        infill_particles=sampling.infill_particles,
     )
 
 
@@ -171,9 +188,9 @@ def sample_eval(config: DictConfig) -> str:
     Raises:
         ScorerUnavailableError: after the samples are written, if they could not be scored.
     """
-    options = sampling_options(config)
     rank, world_size = process_rank()
     tokenizer = get_tokenizer(config)
+    options = sampling_options(config, decode=tokenizer.decode)
     device = resolve_device(config.trainer.accelerator)
     model = load_model(config, tokenizer).to(device)
     options = suit_vocabulary(options, vocab_size=model.backbone.config.vocab_size)

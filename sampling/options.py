@@ -10,8 +10,9 @@ from .analytic import AnalyticSampler
 from .ar import AutoregressiveSampler
 from .base import Sampler
 from .decoding import NUCLEUS_RULES, Decoding
+from .particles import ParticleSampler
 from .semi_ar import SemiAutoregressiveSampler
-from .stopping import StopRule
+from .stopping import Decode, StopRule
 
 # Below this many symbols ordinary text has less entropy than the paper's bound of 4 nats, which is
 # meant for GPT-2's 50,257.
@@ -31,7 +32,11 @@ class SamplingOptions:
         confidence_threshold: reveal what is at least this probable instead; None does not.
         var_length: a row ends at EOS, or where it degenerates.
         stop_on_eos: a row ends at EOS.
+        stop_strings: a row ends with the token that completes one of these texts.
+        decode: the text of a list of tokens, which `stop_strings` needs.
         min_entropy: nats in 256 tokens below which a row has degenerated; None never.
+        infill_particles: K, how many texts are tried for each row, so that its gaps suit the given
+            tokens further right; None or 1 lets the network see those of the same block alone.
     """
 
     first_hitting: bool = True
@@ -45,7 +50,10 @@ class SamplingOptions:
     confidence_threshold: float | None = None
     var_length: bool = False
     stop_on_eos: bool = False
+    stop_strings: tuple[str, ...] = ()
+    decode: Decode | None = None
     min_entropy: float | None = 4.0
+    infill_particles: int | None = None
 
     def __post_init__(self):
         """Raises ValueError: names the key, its value and what is allowed."""
@@ -65,10 +73,34 @@ class SamplingOptions:
                 self.min_entropy is None or self.min_entropy >= 0,
                 "null and a number in [0, inf)",
             ),
+            (
+                "stop_strings",
+                not isinstance(self.stop_strings, str)
+                and all(isinstance(s, str) and s for s in self.stop_strings),
+                "a list of texts that are not empty",
+            ),
+            *self._particle_checks(),
         )
         for name, is_valid, allowed in checks:
             if not is_valid:
                 raise ValueError(f"sampling.{name}={getattr(self, name)}: allowed is {allowed}")
+
+    def _particle_checks(self) -> tuple[tuple[str, bool, str], ...]:
+        particles = self.infill_particles
+        is_count = particles is None or (type(particles) is int and particles >= 1)
+        return (
+            ("infill_particles", is_count, "null and an integer in [1, inf)"),
+            (
+                "infill_particles",
+                not self.uses_particles or self.confidence_threshold is None,
+                "with sampling.confidence_threshold null and 1: the order of the positions must "
+                "not depend on their tokens",
+            ),
+        )
+
+    @property
+    def uses_particles(self) -> bool:
+        return self.infill_particles not in (None, 1)
 
     @property
     def decoding(self) -> Decoding:
@@ -85,6 +117,8 @@ class SamplingOptions:
             eos_index=eos_index if ends_at_eos else None,
             min_entropy=self.min_entropy,
             is_var_length=self.var_length,
+            stop_strings=self.stop_strings,
+            decode=self.decode,
         )
 
 
@@ -98,7 +132,7 @@ def make_sampler(
     eos_index: int,
     noise: Noise,
 ) -> Sampler:
-    """The sampler called `name` (config key algo.sampler).
+    """The sampler called `name` (config key algo.sampler), with particles where asked for.
 
     Args:
         name: ar, semi_ar or analytic.
@@ -109,7 +143,7 @@ def make_sampler(
         noise: the schedule, for the analytic sampler.
 
     Raises:
-        ValueError: if there is none of that name.
+        ValueError: if there is none of that name, or it does not work with particles.
     """
     shared = {
         "mask_index": mask_index,
@@ -118,17 +152,28 @@ def make_sampler(
         "stop": options.stop_rule(eos_index=eos_index),
     }
     if name == "ar":
-        return AutoregressiveSampler(use_cache=options.kv_cache, **shared)
-    if name == "analytic":
-        return AnalyticSampler(noise=noise, num_steps=options.num_steps, **shared)
-    if name != "semi_ar":
+        sampler = AutoregressiveSampler(use_cache=options.kv_cache, **shared)
+    elif name == "analytic":
+        sampler = AnalyticSampler(noise=noise, num_steps=options.num_steps, **shared)
+    elif name == "semi_ar":
+        sampler = SemiAutoregressiveSampler(
+            block_size=block_size,
+            pattern=AttentionPattern.BLOCK_CAUSAL if is_block_causal else AttentionPattern.FULL,
+            num_steps=None if options.first_hitting else options.num_steps,
+            tokens_per_step=options.tokens_per_step,
+            confidence_threshold=options.confidence_threshold,
+            use_cache=options.kv_cache,
+            **shared,
+        )
+    else:
         raise ValueError(f"algo.sampler={name}: allowed are ar, semi_ar and analytic")
-    return SemiAutoregressiveSampler(
-        block_size=block_size,
-        pattern=AttentionPattern.BLOCK_CAUSAL if is_block_causal else AttentionPattern.FULL,
-        num_steps=None if options.first_hitting else options.num_steps,
-        tokens_per_step=options.tokens_per_step,
-        confidence_threshold=options.confidence_threshold,
-        use_cache=options.kv_cache,
-        **shared,
-    )
+    return _with_particles(sampler, options) if options.uses_particles else sampler
+
+
+def _with_particles(sampler: Sampler, options: SamplingOptions) -> ParticleSampler:
+    if isinstance(sampler, AnalyticSampler):
+        raise ValueError(
+            f"sampling.infill_particles={options.infill_particles}: allowed with "
+            "algo.sampler=analytic is null; its network sees the whole text anyway"
+        )
+    return ParticleSampler(inner=sampler, num_particles=options.infill_particles)

@@ -141,6 +141,7 @@ class ParticleSampler:
         if inner.use_cache:
             capacity = inner.cache_capacity(length)
             cache = denoise.make_cache(len(particles.x), capacity=capacity)
+        u_pick = uniform((len(canvas), 1), device=canvas.device, generator=generator)
         ends = [0]
         while ends[-1] < length and particles.is_active.any():
             start, end = ends[-1], inner.end_of_block(ends[-1], length=length)
@@ -156,8 +157,7 @@ class ParticleSampler:
                 cache.select_rows(index)
             particles.stop_at_limits(end)
             ends.append(end)
-        u = uniform((len(canvas), 1), device=canvas.device, generator=generator)
-        picked = particles.pick(u=u[:, 0])
+        picked = particles.pick(u=u_pick[:, 0])
         return self._finish(particles, picked, canvas=canvas, limits=limits, ends=ends[1:])
 
     def _fill(

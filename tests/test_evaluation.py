@@ -84,6 +84,27 @@ def test_gaps_are_filled_and_nothing_else(small_run, tmp_path):
     assert record.gen_lengths == 1 + 4 + 4 + 5 and record.gen_nfes_paper == 4
 
 
+def test_gaps_look_ahead_with_particles(small_run, tmp_path):
+    line = json.dumps({"text": "The [MASK:4] gate"})
+    (tmp_path / "gaps.jsonl").write_text(line + "\n")
+    infill = f"sampling.infill={tmp_path}/gaps.jsonl"
+    keys = (infill, "sampling.infill_particles=3", "sampling.kv_cache=true", NO_SCORER)
+    (record,) = small_run(*keys)
+    assert record.samples.startswith("[BOS]The ") and record.samples.endswith(" gate")
+    assert record.gen_lengths == 1 + 4 + 4 + 5 and record.gen_nfes_paper == 3 * (4 + 5)
+
+
+def test_a_text_ends_with_its_stop_string(small_run, tmp_path):
+    """Behind the prompt, which holds it too."""
+    (tmp_path / "prompts.txt").write_text("a b\n")
+    prompts = f"sampling.prompts={tmp_path}/prompts.txt"
+    (free,) = small_run(prompts, NO_SCORER)
+    written = free.samples.removeprefix("[BOS]a b")
+    string = next(c for c in written[3:] if c.isascii() and c.isalnum())
+    _, record = small_run(prompts, f"sampling.stop_strings=['{string}']", NO_SCORER)
+    assert record.samples == "[BOS]a b" + written[: written.index(string) + 1]
+
+
 def test_samples_are_written_although_the_scorer_is_missing(small_run, tmp_path):
     with pytest.raises(ScorerUnavailableError, match="null to skip generative perplexity"):
         small_run("eval.gen_ppl_eval_model_name_or_path=./nowhere", "loader.eval_batch_size=2")
@@ -117,6 +138,10 @@ def test_the_entropy_rule_is_off_for_small_vocabularies(caplog):
         ("sampling.tokens_per_step=0", "sampling.tokens_per_step=0: allowed is an integer"),
         ("sampling.temperature=-1", "sampling.temperature=-1: allowed is a number"),
         ("sampling.top_k=0", "sampling.top_k=0: allowed is null and an integer"),
+        ("sampling.stop_strings=end", "sampling.stop_strings=end: allowed is a list of texts"),
+        ("sampling.stop_strings=['']", "allowed is a list of texts that are not empty"),
+        ("sampling.infill_particles=4", "sampling.infill_particles=4: allowed without"),
+        ("sampling.infill_particles=0", "sampling.infill_particles=0: allowed"),
     ],
 )
 def test_impossible_options_name_key_value_and_what_is_allowed(change, message, compose):
@@ -135,3 +160,14 @@ def test_hash_follows_the_configuration(compose, tmp_path):
         config_hash(compose(overrides(tmp_path, f"seed={seed}"))) for seed in (1, 1, 2)
     )
     assert one == same != other and len(one) == 16
+
+
+def test_trace_replays_every_sample(small_run, tmp_path):
+    """The page is there after each batch; its tokens join to the samples."""
+    sizes = ("sampling.num_sample_batches=2", "loader.eval_batch_size=2", NO_SCORER)
+    records = small_run(*sizes, f"sampling.trace={tmp_path}/page.html", "sampling.live=true")
+    page = (tmp_path / "page.html").read_text()
+    rows = json.loads(page.split('type="application/json">')[1].split("</script")[0])["rows"]
+    assert [row["name"] for row in rows] == [f"sample {n}" for n in (1, 2, 3, 4)]
+    assert [row["num_steps"] for row in rows] == [r.gen_nfes_paper for r in records]
+    assert [len(row["tokens"]) for row in rows] == [r.gen_lengths for r in records]

@@ -1,8 +1,6 @@
 """The block samplers draw from the distribution that their definition gives."""
 
-import itertools
 import math
-from collections import defaultdict
 
 import pytest
 import torch
@@ -10,18 +8,17 @@ import torch
 from models.masks import AttentionPattern
 from sampling.decoding import Decoding
 from sampling.semi_ar import CONTEXT_WINDOW, SemiAutoregressiveSampler
+from tests.sampling.exact import ancestral, first_hitting
 from tests.sampling.toys import (
     BOS,
     MASK,
     NUM_DRAWS,
     NUM_TOKENS,
-    Distribution,
     TableDenoiser,
     V,
     block_by_block,
     canvas,
     fit,
-    with_token,
 )
 
 
@@ -33,46 +30,6 @@ def sampler(block_size: int, **changes) -> SemiAutoregressiveSampler:
 def draw(sampler, denoiser, *, batch_size=NUM_DRAWS, length=4, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return sampler.sample(denoiser, canvas(batch_size, length), generator=generator)
-
-
-def masked_positions(text: tuple[int, ...]) -> list[int]:
-    return [i for i, token in enumerate(text) if token == MASK]
-
-
-def first_hitting(denoiser: TableDenoiser, text: tuple[int, ...]) -> Distribution:
-    """One masked position, chosen uniformly, is revealed; and so on."""
-    positions = masked_positions(text)
-    if not positions:
-        return {text: 1.0}
-    found: Distribution = defaultdict(float)
-    for position in positions:
-        for token, p in enumerate(denoiser.probs(text, position)):
-            for end, q in first_hitting(denoiser, with_token(text, position, token)).items():
-                found[end] += p * q / len(positions)
-    return found
-
-
-def ancestral(
-    denoiser: TableDenoiser, text: tuple[int, ...], *, num_steps: int, step: int = 0
-) -> Distribution:
-    """Step from t to s: each mask is revealed with probability 1 - s/t, tokens independent."""
-    positions = masked_positions(text)
-    if not positions or step == num_steps:
-        return {text: 1.0}
-    t, s = 1 - step / num_steps, 1 - (step + 1) / num_steps
-    found: Distribution = defaultdict(float)
-    for reveals in itertools.product((False, True), repeat=len(positions)):
-        chosen = [i for i, reveal in zip(positions, reveals, strict=True) if reveal]
-        p = (1 - s / t) ** len(chosen) * (s / t) ** (len(positions) - len(chosen))
-        for tokens in itertools.product(range(NUM_TOKENS), repeat=len(chosen)):
-            q, end = p, text
-            for position, token in zip(chosen, tokens, strict=True):
-                q *= denoiser.probs(text, position)[token]
-                end = with_token(end, position, token)
-            rest = ancestral(denoiser, end, num_steps=num_steps, step=step + 1)
-            for final, r in rest.items():
-                found[final] += q * r
-    return found
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 4])

@@ -97,3 +97,55 @@ def test_a_given_eos_does_not_end_a_row():
     progress = Progress(canvas, mask_index=MASK)
     StopRule(eos_index=EOS).apply(progress, end=4)
     assert progress.is_active.all()
+
+
+# --- stop strings --------------------------------------------------------------------------------
+
+WORDS = ["", "", "a", "b", "ab", "c.", ".", " ", "é", ""]
+
+
+def decode(tokens: list[int]) -> str:
+    return "".join(WORDS[token] for token in tokens)
+
+
+def plain_end(tokens: list[int], given: int, strings: tuple[str, ...]) -> int:
+    """The first token after which the text behind the given ones contains a string."""
+    for n in range(given, len(tokens) + 1):
+        if any(string in decode(tokens[given:n]) for string in strings):
+            return n
+    return len(tokens)
+
+
+@pytest.mark.parametrize("strings", [("ab",), ("c.a", "é é"), ("b.",), ("zzz",), ("bab", ".")])
+@pytest.mark.parametrize("block_size", [1, 4, 8])
+def test_each_row_ends_at_its_own_stop_string(strings, block_size):
+    """Across tokens and blocks, with prompts of several lengths, and limits inside a block."""
+    rows = varied(60, 24)
+    canvas, given = torch.full_like(rows, MASK), [1 + row % 5 for row in range(60)]
+    limits = torch.tensor([24 - row % 7 for row in range(60)])
+    for row, size in enumerate(given):
+        canvas[row, :size] = rows[row, :size]
+    sampler = SemiAutoregressiveSampler(
+        block_size=block_size,
+        mask_index=MASK,
+        pad_index=PAD,
+        pattern=AttentionPattern.BLOCK_CAUSAL,
+        stop=StopRule(stop_strings=strings, decode=decode),
+        num_steps=1,
+    )
+    output = sampler.sample(Dictation(rows), canvas, limits=limits)
+    expected = [
+        plain_end(rows[row, : limits[row]].tolist(), given[row], strings) for row in range(60)
+    ]
+    assert output.lengths.tolist() == expected and output.accepted.all()
+
+
+def test_the_earlier_of_eos_and_stop_string_counts():
+    rows = torch.tensor([[0, 2, 3, 7, 1, 2, 2, 2], [0, 2, 1, 7, 2, 3, 2, 2]])
+    rule = StopRule(eos_index=EOS, stop_strings=("ab",), decode=decode)
+    assert write(rows, rule).lengths.tolist() == [3, 3]
+
+
+def test_stop_strings_need_a_decoder():
+    with pytest.raises(ValueError, match="stop_strings needs `decode`"):
+        StopRule(stop_strings=("a",))

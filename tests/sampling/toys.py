@@ -24,6 +24,8 @@ class TableDenoiser:
     wrong text, or draws in a wrong order, has another distribution.
     """
 
+    mask = MASK
+
     def __init__(self, *, seed: int = 0, at_position: Callable[[int], int] | None = None):
         generator = torch.Generator().manual_seed(seed)
         self.tables = {}
