@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import lightning as L
@@ -13,8 +13,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.panel import Panel
-from rich.progress import track
 from rich.text import Text
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dataloader import get_dataloaders, get_tokenizer
@@ -23,9 +23,11 @@ from metrics import GenerativePerplexity, SampleScore, ScorerUnavailableError, t
 from report import print_table
 from sample_log import SampleRecord, append_samples
 from sampling.base import SamplerOutput
+from sampling.live import SamplingDisplay
 from sampling.options import SMALL_VOCABULARY, SamplingOptions
 from sampling.prompts import CanvasRow, gap_row, prompt_row, read_gap_texts, read_prompts, stack
 from sampling.stopping import Decode
+from sampling.trace import Trace
 from training.checkpointing import load_weights, read_weights
 from utils import (
     absolute_path,
@@ -188,22 +190,17 @@ def sample_eval(config: DictConfig) -> str:
     Raises:
         ScorerUnavailableError: after the samples are written, if they could not be scored.
     """
-    rank, world_size = process_rank()
+    rank, _ = process_rank()
     tokenizer = get_tokenizer(config)
     options = sampling_options(config, decode=tokenizer.decode)
     device = resolve_device(config.trainer.accelerator)
     model = load_model(config, tokenizer).to(device)
     options = suit_vocabulary(options, vocab_size=model.backbone.config.vocab_size)
-    rows = canvas_rows(config, tokenizer, mask_index=model.mask_index)
     scorer = load_scorer(config, device)
-    size = config.loader.eval_batch_size
-    starts = range(rank * size, len(rows), world_size * size)
     logdir = absolute_path(config.sampling.logdir, base=os.getcwd())
     records: list[SampleRecord] = []
     began = time.monotonic()
-    for start in track(starts, description="Sampling", disable=rank > 0):
-        batch = rows[start : start + size]
-        output = draw(config, model, batch, options=options, first_row=start)
+    for start, batch, output in draw_batches(config, model, tokenizer, options=options):
         fresh = to_records(config, tokenizer, batch, output, first_row=start, scorer=scorer)
         path = append_samples(logdir, fresh)
         for number, record in enumerate(fresh, start=start + 1):
@@ -217,6 +214,45 @@ def sample_eval(config: DictConfig) -> str:
     return path
 
 
+def draw_batches(
+    config: DictConfig,
+    model: Diffusion,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    options: SamplingOptions,
+) -> Iterator[tuple[int, list[CanvasRow], SamplerOutput]]:
+    """This process's share of the batches: number of the first row, what was given, the output.
+
+    Shows how far it is, and keeps the page of `sampling.trace` up to date.
+    """
+    rank, world_size = process_rank()
+    size = config.loader.eval_batch_size
+    rows = canvas_rows(config, tokenizer, mask_index=model.mask_index)
+    batches = {i: rows[i : i + size] for i in range(rank * size, len(rows), world_size * size)}
+    trace = None
+    if config.sampling.trace is not None:
+        stem, extension = os.path.splitext(config.sampling.trace)
+        trace_path = f"{stem}.rank{rank}{extension}" if rank else config.sampling.trace
+        title = f"{config.algo.name}, block size {config.block_size}: how the text came about"
+        trace = Trace(title=title, decode=tokenizer.decode)
+    display = SamplingDisplay(
+        [row for batch in batches.values() for row in batch],
+        mask_index=model.mask_index,
+        decode=tokenizer.decode,
+        shows_rows=config.sampling.live,
+        is_quiet=rank > 0,
+    )
+    with display:
+        for start, batch in batches.items():
+            on_step = display.begin(batch)
+            output = draw(
+                config, model, batch, options=options, first_row=start, on_step=on_step
+            )
+            if trace is not None and trace.add(output, first_row=start):
+                write_text(trace_path, trace.page())
+            yield start, batch, output
+
+
 def draw(
     config: DictConfig,
     model: Diffusion,
@@ -224,6 +260,7 @@ def draw(
     *,
     options: SamplingOptions,
     first_row: int,
+    on_step: Callable[[Tensor], None] | None = None,
 ) -> SamplerOutput:
     """Complete a batch of rows in the precision of `trainer.precision`."""
     is_bf16 = lightning_precision(config.trainer.precision).startswith("bf16")
@@ -241,6 +278,7 @@ def draw(
             seed=config.seed,
             first_row=first_row,
             max_retries=config.sampling.max_retries,
+            on_step=on_step,
         )
 
 

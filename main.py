@@ -36,6 +36,7 @@ PATH_KEYS = (
     "eval.results_path",
     "sampling.prompts",
     "sampling.infill",
+    "sampling.trace",
     "checkpointing.save_dir",
     "checkpointing.resume_ckpt_path",
 )

@@ -7,13 +7,14 @@ the pass in which each was revealed and its probability at that moment, as JSON.
 import html
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from .base import SamplerOutput
 
 TEMPLATE = Path(__file__).with_name("trace.html")
+MAX_ROWS = 256  # a page of more is too large to be of use
 Decode = Callable[[Sequence[int]], str]
 TraceRow = dict[str, Any]
 
@@ -24,7 +25,7 @@ def token_texts(tokens: Sequence[int], decode: Decode) -> list[str]:
     A tokenizer of words decodes a word alone without the space before it, so a token is decoded
     with its left neighbour too. A part of a character is the replacement character.
     """
-    alone = [decode([token]) for token in tokens]
+    alone = [decode(tokens[i : i + 1]) for i in range(len(tokens))]
     texts = alone[:1]
     for i in range(1, len(tokens)):
         pair = decode(tokens[i - 1 : i + 1])
@@ -60,12 +61,37 @@ def trace_rows(output: SamplerOutput, decode: Decode, *, first_row: int = 0) -> 
     ]
 
 
-def render_page(rows: Iterable[TraceRow], *, title: str) -> str:
+class Trace:
+    """Collects the rows of batches for one page.
+
+    Args:
+        title: of the page.
+        decode: token ids to text.
+    """
+
+    def __init__(self, *, title: str, decode: Decode):
+        self.rows: list[TraceRow] = []
+        self._title, self._decode = title, decode
+
+    def add(self, output: SamplerOutput, *, first_row: int) -> bool:
+        """Add a batch, see `trace_rows`; False where `MAX_ROWS` are there already."""
+        if len(self.rows) >= MAX_ROWS:
+            return False
+        self.rows += trace_rows(output, self._decode, first_row=first_row)
+        del self.rows[MAX_ROWS:]
+        return True
+
+    def page(self) -> str:
+        """The page as HTML."""
+        return render_page(self.rows, title=self._title)
+
+
+def render_page(rows: Sequence[TraceRow], *, title: str) -> str:
     """The page of these rows.
 
     Any text is safe: JSON inside a script element may hold no `<`, and is pure ASCII.
     """
-    data = json.dumps({"rows": list(rows)}, separators=(",", ":"))
+    data = json.dumps({"rows": rows}, separators=(",", ":"))
     for character in "<>&":
         data = data.replace(character, f"\\u{ord(character):04x}")
     values = {"__TITLE__": html.escape(title), "__DATA__": data}
