@@ -196,11 +196,12 @@ def sample_eval(config: DictConfig) -> str:
     device = resolve_device(config.trainer.accelerator)
     model = load_model(config, tokenizer).to(device)
     options = suit_vocabulary(options, vocab_size=model.backbone.config.vocab_size)
+    rows = canvas_rows(config, tokenizer, mask_index=model.mask_index)
     scorer = load_scorer(config, device)
     logdir = absolute_path(config.sampling.logdir, base=os.getcwd())
     records: list[SampleRecord] = []
     began = time.monotonic()
-    for start, batch, output in draw_batches(config, model, tokenizer, options=options):
+    for start, batch, output in draw_batches(config, model, tokenizer, rows, options=options):
         fresh = to_records(config, tokenizer, batch, output, first_row=start, scorer=scorer)
         path = append_samples(logdir, fresh)
         for number, record in enumerate(fresh, start=start + 1):
@@ -218,16 +219,16 @@ def draw_batches(
     config: DictConfig,
     model: Diffusion,
     tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[CanvasRow],
     *,
     options: SamplingOptions,
-) -> Iterator[tuple[int, list[CanvasRow], SamplerOutput]]:
+) -> Iterator[tuple[int, Sequence[CanvasRow], SamplerOutput]]:
     """This process's share of the batches: number of the first row, what was given, the output.
 
     Shows how far it is, and keeps the page of `sampling.trace` up to date.
     """
     rank, world_size = process_rank()
     size = config.loader.eval_batch_size
-    rows = canvas_rows(config, tokenizer, mask_index=model.mask_index)
     batches = {i: rows[i : i + size] for i in range(rank * size, len(rows), world_size * size)}
     trace = None
     if config.sampling.trace is not None:
