@@ -200,6 +200,7 @@ _FLAGS = (
     "sampling.first_hitting",
     "sampling.kv_cache",
     "sampling.stop_on_eos",
+    "eval.any_block_size",
     "sampling.live",
     "training.antithetic_sampling",
     "training.resample",

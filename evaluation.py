@@ -42,8 +42,19 @@ logger = get_logger(__name__)
 
 
 def load_model(config: DictConfig, tokenizer: PreTrainedTokenizerBase) -> Diffusion:
-    """The model with the weights of `eval.checkpoint_path`, averaged unless `eval.disable_ema`."""
+    """The model with the weights of `eval.checkpoint_path`, averaged unless `eval.disable_ema`.
+
+    Raises:
+        ValueError: it was trained with another block size, or its weights do not fit.
+    """
     weights = read_weights(config.eval.checkpoint_path)
+    is_other_size = weights.block_size not in (None, config.block_size)
+    if config.algo.name == "bd3lm" and is_other_size and not config.eval.any_block_size:
+        raise ValueError(
+            f"block_size={config.block_size}: allowed with this eval.checkpoint_path is "
+            f"{weights.block_size}, which {weights.source} was trained with; "
+            "eval.any_block_size=true goes on all the same"
+        )
     model = Diffusion(config, tokenizer)
     load_weights(model, weights, use_ema=not config.eval.disable_ema)
     return model.eval()

@@ -149,6 +149,19 @@ def test_impossible_options_name_key_value_and_what_is_allowed(change, message, 
         sampling_options(compose(["mode=sample_eval", change]))
 
 
+def test_another_block_size_is_an_error(compose, tmp_path, monkeypatch):
+    """The weights fit any block size, and the text was silently worse."""
+    size = ["algo=bd3lm", "block_size=4", "mode=sample_eval"]
+    config = compose(overrides(tmp_path, *size))
+    tokenizer = load_tokenizer("bytes")
+    weights = Weights("a.ckpt", Diffusion(config, tokenizer).state_dict(), block_size=8)
+    monkeypatch.setattr(evaluation, "read_weights", lambda _source: weights)
+    with pytest.raises(ValueError, match="block_size=4: allowed with this eval.* is 8"):
+        evaluation.load_model(config, tokenizer)
+    anyway = compose(overrides(tmp_path, *size, "eval.any_block_size=true"))
+    assert evaluation.load_model(anyway, tokenizer).block_size == 4
+
+
 def test_blank_rows_follow_max_new_tokens(compose, tmp_path):
     config = compose(overrides(tmp_path, "mode=sample_eval", "sampling.max_new_tokens=9"))
     rows = canvas_rows(config, load_tokenizer("bytes"), mask_index=259)

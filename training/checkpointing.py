@@ -5,7 +5,7 @@ Nothing here runs code from a file: checkpoints are read as tensors and plain co
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import fsspec
@@ -31,16 +31,18 @@ class Weights:
         source: where they come from, for messages.
         state_dict: tensors under their checkpoint names (`backbone....`).
         shadow_params: the average, in the order of the parameters.
+        block_size: L of block diffusion, where the file says so.
     """
 
     source: str
     state_dict: dict[str, Tensor]
     shadow_params: list[Tensor] | None = None
+    block_size: int | None = None
 
     def without_clipped_range(self) -> "Weights":
         """The same without the clipped range, which fine-tuning takes from its config."""
         kept = {k: v for k, v in self.state_dict.items() if not k.startswith("sampling_eps_")}
-        return Weights(self.source, kept, self.shadow_params)
+        return replace(self, state_dict=kept)
 
 
 def read_checkpoint(path: str) -> dict[str, Any]:
@@ -79,12 +81,20 @@ def read_weights(source: str) -> Weights:
         raise FileNotFoundError(f"{source}: there is no such checkpoint, directory or Hub id")
     fs, name = fsspec.core.url_to_fs(source)
     if fs.isdir(name):
-        return Weights(source, _read_hub_directory(source))
+        hub_config, tensors = _read_hub_directory(source)
+        return Weights(source, tensors, block_size=hub_config.get("block_size"))
     if source.endswith(".safetensors"):
         return Weights(source, _read_safetensors(source))
     checkpoint = read_checkpoint(source)
     shadow = checkpoint["ema"]["shadow_params"] if "ema" in checkpoint else None
-    return Weights(source, dict(checkpoint["state_dict"]), shadow)
+    return Weights(source, dict(checkpoint["state_dict"]), shadow, _block_size_of(checkpoint))
+
+
+def _block_size_of(checkpoint: Mapping[str, Any]) -> int | None:
+    """L in a checkpoint's configuration; only to block diffusion is it more than a length."""
+    config = checkpoint.get("hyper_parameters", {}).get("config", {})
+    is_block_diffusion = config.get("algo", {}).get("name") == "bd3lm"
+    return config.get("block_size") if is_block_diffusion else None
 
 
 def load_weights(model: nn.Module, weights: Weights, *, use_ema: bool) -> None:
@@ -131,20 +141,22 @@ def _named_average(model: nn.Module, weights: Weights) -> dict[str, Tensor]:
     return dict(zip(names, weights.shadow_params, strict=True))
 
 
-def _read_hub_directory(directory: str) -> dict[str, Tensor]:
+def _read_hub_directory(directory: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """config.json and the tensors."""
     for name in HUB_FILES:
         if not file_exists(f"{directory}/{name}"):
             raise FileNotFoundError(f"{directory}: a Hub-format directory needs {name}")
     try:
         with fsspec.open(f"{directory}/config.json", "r", encoding="utf-8") as file:
-            model_type = json.load(file).get("model_type")
+            config = json.load(file)
+            model_type = config.get("model_type")
     except ValueError as error:
         raise ValueError(f"{directory}/config.json: not a JSON file ({error})") from error
     if model_type not in ("bd3lm", "mdlm"):
         raise ValueError(
             f"{directory}/config.json: model_type={model_type!r}, allowed are bd3lm and mdlm"
         )
-    return _read_safetensors(f"{directory}/model.safetensors")
+    return config, _read_safetensors(f"{directory}/model.safetensors")
 
 
 def _read_safetensors(path: str) -> dict[str, Tensor]:

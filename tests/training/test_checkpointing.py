@@ -278,3 +278,25 @@ def test_hub_download_takes_two_files_and_no_code(monkeypatch, tmp_path):
         "revision": "abc",
         "files": ("config.json", "model.safetensors"),
     }
+
+
+# --- the block size ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("algo", "expected"), [("bd3lm", 4), ("mdlm", None)])
+def test_block_size_of_a_checkpoint(algo, expected, tmp_path):
+    path = tmp_path / "some.ckpt"
+    config = {"algo": {"name": algo}, "block_size": 4}
+    torch.save({"state_dict": state(), "hyper_parameters": {"config": config}}, path)
+    assert read_weights(str(path)).block_size == expected
+    assert read_weights(str(path)).without_clipped_range().block_size == expected
+
+
+def test_block_size_of_a_checkpoint_that_does_not_say(tmp_path):
+    torch.save({"state_dict": state()}, tmp_path / "some.ckpt")
+    assert read_weights(str(tmp_path / "some.ckpt")).block_size is None
+
+
+@pytest.mark.parametrize(("name", "expected"), [("bd3lm-block_size4", 4), ("mdlm", None)])
+def test_block_size_of_a_hub_directory(name, expected, shared):
+    assert read_weights(str(shared / "golden" / "hub" / name)).block_size == expected
