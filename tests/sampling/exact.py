@@ -122,3 +122,15 @@ def given(joint: Distribution, canvas: Text, *, mask: int) -> Distribution:
     }
     total = sum(kept.values())
     return {text: p / total for text, p in kept.items()}
+
+
+def total_variation(one: Distribution, other: Distribution) -> float:
+    """Half the sum of the differences of two distributions."""
+    return sum(abs(one.get(t, 0.0) - other.get(t, 0.0)) for t in one.keys() | other.keys()) / 2
+
+
+def frequencies(tokens: torch.Tensor) -> Distribution:
+    """Shares of the texts (B, N) that were drawn."""
+    unique, counts = tokens.unique(dim=0, return_counts=True)
+    shares = (counts / len(tokens)).tolist()
+    return dict(zip(map(tuple, unique.tolist()), shares, strict=True))
