@@ -26,6 +26,7 @@ from noise_schedule import get_noise
 from objectives import Denoiser, ar_token_losses, diffusion_token_losses, masked_mean
 from sampling.base import SamplerOutput, blank_canvas
 from sampling.options import SamplingOptions, make_sampler
+from training.checkpointing import load_weights, read_weights
 from utils import derive_seed
 
 # Random numbers of different purposes come from different streams of one seed.
@@ -344,3 +345,22 @@ class Diffusion(L.LightningModule):
 
 def _read_clipped_range(module: Diffusion, _incompatible_keys: Any) -> None:
     module.interval = ClipInterval(module.sampling_eps_min, module.sampling_eps_max)
+
+
+def load_model(config: DictConfig, tokenizer: PreTrainedTokenizerBase) -> Diffusion:
+    """The model with the weights of `eval.checkpoint_path`, averaged unless `eval.disable_ema`.
+
+    Raises:
+        ValueError: it was trained with another block size, or its weights do not fit.
+    """
+    weights = read_weights(config.eval.checkpoint_path)
+    is_other_size = weights.block_size not in (None, config.block_size)
+    if config.algo.name == "bd3lm" and is_other_size and not config.eval.any_block_size:
+        raise ValueError(
+            f"block_size={config.block_size}: allowed with this eval.checkpoint_path is "
+            f"{weights.block_size}, which {weights.source} was trained with; "
+            "eval.any_block_size=true goes on all the same"
+        )
+    model = Diffusion(config, tokenizer)
+    load_weights(model, weights, use_ema=not config.eval.disable_ema)
+    return model.eval()

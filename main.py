@@ -9,11 +9,13 @@ import lightning as L
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
 
-from configuration import ignored_key_warnings, register_resolvers, validate, world_size
+from configuration import ignored_key_warnings, validate
 from dataloader import get_dataloaders, get_tokenizer
 from diffusion import Diffusion
-from evaluation import ppl_eval, sample_eval, sampling_options
+from evaluation import ppl_eval
+from generation import sample_eval, sampling_options
 from report import draw_training_curve
+from resolvers import register_resolvers, world_size
 from training.callbacks import EMACallback, LastCheckpoint, ProgressBar
 from training.checkpointing import load_weights, read_weights
 from utils import (

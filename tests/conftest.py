@@ -9,7 +9,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from omegaconf import DictConfig
 
-import configuration
+import resolvers
 
 PROJECT = Path(__file__).resolve().parents[1]
 SHARED = PROJECT.parent / "shared"
@@ -32,7 +32,7 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def compose() -> Callable[..., DictConfig]:
     """Composes the real configuration: `compose(["algo=ar", "block_size=4"])`."""
-    configuration.register_resolvers()
+    resolvers.register_resolvers()
 
     def compose_overrides(overrides: list[str] | None = None) -> DictConfig:
         with initialize_config_dir(str(PROJECT / "configs"), version_base=None):

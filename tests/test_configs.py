@@ -9,6 +9,7 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 import configuration
+import resolvers
 
 GROUPS = {
     "algo": ["ar", "bd3lm", "mdlm", "sedd"],
@@ -129,9 +130,9 @@ def test_devices_on_the_cpu_of_a_gpu_machine(compose, fake_gpus):
 
 def test_num_cpus_is_what_the_process_may_use(compose):
     """A Slurm step or a container may own fewer CPUs than the machine has."""
-    assert compose()["loader"]["num_workers"] == configuration.num_cpus()
+    assert compose()["loader"]["num_workers"] == resolvers.num_cpus()
     if os.name == "posix" and "sched_getaffinity" in dir(os):
-        assert configuration.num_cpus() == len(os.sched_getaffinity(0))
+        assert resolvers.num_cpus() == len(os.sched_getaffinity(0))
 
 
 def test_paths_follow_the_working_directory(compose, tmp_path, monkeypatch):
@@ -144,8 +145,8 @@ def test_paths_follow_the_working_directory(compose, tmp_path, monkeypatch):
 
 def test_registering_twice(compose):
     """Resolvers may be registered again, by every test and by a notebook."""
-    configuration.register_resolvers()
-    configuration.register_resolvers()
+    resolvers.register_resolvers()
+    resolvers.register_resolvers()
     assert compose()["trainer"]["devices"] >= 1
 
 

@@ -8,6 +8,7 @@ import pytest
 LEVELS = {
     "main": 6,
     "evaluation": 5,
+    "generation": 5,
     "diffusion": 4,
     "dataloader": 3,
     "sampling": 3,
@@ -15,7 +16,8 @@ LEVELS = {
     "training": 2,
     "objectives": 2,
     "forward_process": 2,
-    "configuration": 1,
+    "configuration": 2,
+    "resolvers": 1,
     "corpora": 1,
     "models": 1,
     "utils": 1,
@@ -31,6 +33,7 @@ FORBIDDEN = {
     "objectives": {"lightning", "hydra", "omegaconf"},
     "models": {"lightning", "hydra", "omegaconf"},
     "configuration": {"lightning", "hydra"},
+    "resolvers": {"lightning", "hydra"},
 }
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,4 +1,4 @@
-"""What the evaluation modes read and write (the whole path is in test_end_to_end.py)."""
+"""What sample_eval reads and writes (the whole path is in test_end_to_end.py)."""
 
 import json
 import shutil
@@ -6,10 +6,12 @@ import shutil
 import pytest
 import torch
 
-import evaluation
+import diffusion
+import generation
+from configuration import config_hash
 from corpora.tokenization import load_tokenizer
 from diffusion import Diffusion
-from evaluation import canvas_rows, config_hash, sample_eval, sampling_options, suit_vocabulary
+from generation import canvas_rows, sample_eval, sampling_options, suit_vocabulary
 from metrics import ScorerUnavailableError
 from sample_log import read_samples
 from sampling.options import SamplingOptions
@@ -36,8 +38,8 @@ def small_run(compose, tmp_path, monkeypatch):
                     value.normal_()
             return Weights("random", state)
 
-        monkeypatch.setattr(evaluation, "read_weights", weights)
-        monkeypatch.setattr(evaluation, "process_rank", lambda: (rank, world_size))
+        monkeypatch.setattr(diffusion, "read_weights", weights)
+        monkeypatch.setattr(generation, "process_rank", lambda: (rank, world_size))
         sample_eval(config)
         log = tmp_path / "log" / "samples.jsonl"
         return read_samples(log) if log.exists() else []
@@ -155,11 +157,11 @@ def test_another_block_size_is_an_error(compose, tmp_path, monkeypatch):
     config = compose(overrides(tmp_path, *size))
     tokenizer = load_tokenizer("bytes")
     weights = Weights("a.ckpt", Diffusion(config, tokenizer).state_dict(), block_size=8)
-    monkeypatch.setattr(evaluation, "read_weights", lambda _source: weights)
+    monkeypatch.setattr(diffusion, "read_weights", lambda _source: weights)
     with pytest.raises(ValueError, match="block_size=4: allowed with this eval.* is 8"):
-        evaluation.load_model(config, tokenizer)
+        diffusion.load_model(config, tokenizer)
     anyway = compose(overrides(tmp_path, *size, "eval.any_block_size=true"))
-    assert evaluation.load_model(anyway, tokenizer).block_size == 4
+    assert diffusion.load_model(anyway, tokenizer).block_size == 4
 
 
 def test_blank_rows_follow_max_new_tokens(compose, tmp_path):

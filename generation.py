@@ -1,0 +1,284 @@
+"""Samples of a trained model (`mode=sample_eval`): draw, score, print and write them."""
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from configuration import config_hash
+from dataloader import get_tokenizer
+from diffusion import Diffusion, load_model
+from metrics import GenerativePerplexity, SampleScore, ScorerUnavailableError, token_entropy
+from report import print_table
+from sample_log import SampleRecord, append_samples
+from sampling.base import SamplerOutput
+from sampling.live import SamplingDisplay
+from sampling.options import SMALL_VOCABULARY, SamplingOptions
+from sampling.prompts import CanvasRow, gap_row, prompt_row, read_gap_texts, read_prompts, stack
+from sampling.stopping import Decode
+from sampling.trace import Trace
+from utils import (
+    absolute_path,
+    get_logger,
+    lightning_precision,
+    process_rank,
+    resolve_device,
+    write_text,
+)
+
+logger = get_logger(__name__)
+
+
+def sampling_options(config: DictConfig, *, decode: Decode | None = None) -> SamplingOptions:
+    """The keys under `sampling` and `algo.T` as the samplers take them.
+
+    Args:
+        config: the composed configuration.
+        decode: the text of a list of tokens, for `sampling.stop_strings`.
+
+    Raises:
+        ValueError: names the key, its value and what is allowed.
+    """
+    sampling = config.sampling
+    has_use = sampling.infill is not None and config.algo.sampler != "analytic"
+    if sampling.infill_particles not in (None, 1) and not has_use:
+        raise ValueError(
+            f"sampling.infill_particles={sampling.infill_particles}: allowed without "
+            "sampling.infill and with algo.sampler=analytic is null"
+        )
+    stop_strings = sampling.stop_strings
+    if OmegaConf.is_list(stop_strings):
+        stop_strings = tuple(stop_strings)
+    return SamplingOptions(
+        first_hitting=sampling.first_hitting,
+        num_steps=config.algo.T,
+        kv_cache=sampling.kv_cache,
+        nucleus_p=sampling.nucleus_p,
+        nucleus_rule=sampling.nucleus_rule,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        tokens_per_step=sampling.tokens_per_step,
+        confidence_threshold=sampling.confidence_threshold,
+        var_length=sampling.var_length,
+        stop_on_eos=sampling.stop_on_eos,
+        stop_strings=stop_strings,
+        decode=decode,
+        min_entropy=sampling.min_entropy,
+        infill_particles=sampling.infill_particles,
+    )
+
+
+def suit_vocabulary(options: SamplingOptions, *, vocab_size: int) -> SamplingOptions:
+    """The options without the entropy rule where the vocabulary is too small for it."""
+    if options.min_entropy is None or vocab_size >= SMALL_VOCABULARY:
+        return options
+    logger.warning(
+        "sampling.min_entropy=%s is off: it is made for large vocabularies, and ordinary text of "
+        "%d symbols may have less entropy; sampling.min_entropy=null says so without a warning",
+        options.min_entropy,
+        vocab_size,
+    )
+    return dataclasses.replace(options, min_entropy=None)
+
+
+def canvas_rows(
+    config: DictConfig, tokenizer: PreTrainedTokenizerBase, *, mask_index: int
+) -> list[CanvasRow]:
+    """The rows to sample: blank ones, or those of `sampling.prompts` or `sampling.infill`.
+
+    Each prompt and each text with gaps is completed `sampling.num_sample_batches` times.
+    """
+    sampling, length = config.sampling, config.model.length
+    bos_index = tokenizer.bos_token_id
+    repeats = sampling.num_sample_batches
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    if sampling.prompts is not None:
+        limit = sampling.max_new_tokens
+        shared = {"encode": encode, "bos_index": bos_index, "length": length}
+        texts = read_prompts(sampling.prompts)
+        return [prompt_row(t, max_new_tokens=limit, **shared) for t in texts] * repeats
+    if sampling.infill is not None:
+        shared = {"encode": encode, "bos_index": bos_index, "length": length}
+        texts = read_gap_texts(sampling.infill)
+        return [gap_row(t, mask_index=mask_index, **shared) for t in texts] * repeats
+    end = length if sampling.max_new_tokens is None else 1 + sampling.max_new_tokens
+    blank = CanvasRow(tokens=[bos_index], limit=min(end, length), source="")
+    return [blank] * (repeats * config.loader.eval_batch_size)
+
+
+def load_scorer(config: DictConfig, device: torch.device) -> GenerativePerplexity | OSError | None:
+    """The model that scores samples; None where the user wants none, the error where it fails."""
+    name = config.eval.gen_ppl_eval_model_name_or_path
+    if name is None:
+        return None
+    try:
+        return GenerativePerplexity.load(name, device=device)
+    except ScorerUnavailableError as error:
+        logger.error("Samples will be written without generative perplexity. %s", error)
+        return error
+
+
+def sample_eval(config: DictConfig) -> str:
+    """Sample, print, score and write; a batch is on disk before the next one begins.
+
+    Processes (under srun or torchrun) share the batches out; a row does not depend on which of
+    them draws it.
+
+    Returns:
+        The path of the CSV file in `sampling.logdir`; `samples.jsonl` beside it holds more.
+
+    Raises:
+        ScorerUnavailableError: after the samples are written, if they could not be scored.
+    """
+    rank, _ = process_rank()
+    tokenizer = get_tokenizer(config)
+    options = sampling_options(config, decode=tokenizer.decode)
+    device = resolve_device(config.trainer.accelerator)
+    model = load_model(config, tokenizer).to(device)
+    options = suit_vocabulary(options, vocab_size=model.backbone.config.vocab_size)
+    rows = canvas_rows(config, tokenizer, mask_index=model.mask_index)
+    scorer = load_scorer(config, device)
+    logdir = absolute_path(config.sampling.logdir, base=os.getcwd())
+    records: list[SampleRecord] = []
+    began = time.monotonic()
+    for start, batch, output in draw_batches(config, model, tokenizer, rows, options=options):
+        fresh = to_records(config, tokenizer, batch, output, first_row=start, scorer=scorer)
+        path = append_samples(logdir, fresh)
+        for number, record in enumerate(fresh, start=start + 1):
+            Console().print(Panel(Text(record.samples), title=f"sample {number}"))
+        records += fresh
+    if rank == 0:
+        print_table("Samples", summary(records, seconds=time.monotonic() - began))
+    logger.info("Samples are in %s", logdir)
+    if isinstance(scorer, OSError):
+        raise scorer
+    return path
+
+
+def draw_batches(
+    config: DictConfig,
+    model: Diffusion,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[CanvasRow],
+    *,
+    options: SamplingOptions,
+) -> Iterator[tuple[int, Sequence[CanvasRow], SamplerOutput]]:
+    """This process's share of the batches: number of the first row, what was given, the output.
+
+    Shows how far it is, and keeps the page of `sampling.trace` up to date.
+    """
+    rank, world_size = process_rank()
+    size = config.loader.eval_batch_size
+    batches = {i: rows[i : i + size] for i in range(rank * size, len(rows), world_size * size)}
+    trace = None
+    if config.sampling.trace is not None:
+        stem, extension = os.path.splitext(config.sampling.trace)
+        trace_path = f"{stem}.rank{rank}{extension}" if rank else config.sampling.trace
+        title = f"{config.algo.name}, block size {config.block_size}: how the text came about"
+        trace = Trace(title=title, decode=tokenizer.decode)
+    display = SamplingDisplay(
+        [row for batch in batches.values() for row in batch],
+        mask_index=model.mask_index,
+        decode=tokenizer.decode,
+        shows_rows=config.sampling.live,
+        is_quiet=rank > 0,
+    )
+    with display:
+        for start, batch in batches.items():
+            on_step = display.begin(batch)
+            output = draw(
+                config, model, batch, options=options, first_row=start, on_step=on_step
+            )
+            if trace is not None and trace.add(output, first_row=start):
+                write_text(trace_path, trace.page())
+            yield start, batch, output
+
+
+def draw(
+    config: DictConfig,
+    model: Diffusion,
+    batch: Sequence[CanvasRow],
+    *,
+    options: SamplingOptions,
+    first_row: int,
+    on_step: Callable[[Tensor], None] | None = None,
+) -> SamplerOutput:
+    """Complete a batch of rows in the precision of `trainer.precision`."""
+    is_bf16 = lightning_precision(config.trainer.precision).startswith("bf16")
+    # Beyond its context mdlm goes on by half a window, which is its block there.
+    is_long = max(row.limit for row in batch) > model.block_size and not config.algo.cross_attn
+    unit = max(1, model.block_size // 2) if is_long else model.block_size
+    canvas, limits = stack(
+        batch, block_size=unit, mask_index=model.mask_index, device=model.device
+    )
+    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=is_bf16):
+        return model.generate(
+            canvas,
+            limits=limits,
+            options=options,
+            seed=config.seed,
+            first_row=first_row,
+            max_retries=config.sampling.max_retries,
+            on_step=on_step,
+        )
+
+
+def to_records(
+    config: DictConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    batch: Sequence[CanvasRow],
+    output: SamplerOutput,
+    *,
+    first_row: int,
+    scorer: GenerativePerplexity | OSError | None,
+) -> list[SampleRecord]:
+    """One record per sampled row, scored where there is a scorer."""
+    rows = [t[:n] for t, n in zip(output.tokens.cpu(), output.lengths.tolist(), strict=True)]
+    texts = [tokenizer.decode(row) for row in rows]
+    scores: Sequence[SampleScore | None] = [None] * len(rows)
+    if isinstance(scorer, GenerativePerplexity):
+        window_batch = config.eval.perplexity_batch_size
+        scores = scorer.score(texts, max_length=config.model.length, batch_size=window_batch)
+    checkpoint, digest = config.eval.checkpoint_path, config_hash(config)
+    return [
+        SampleRecord(
+            samples=texts[i],
+            gen_ppl=scores[i].gen_ppl if scores[i] else None,
+            gen_entropy=scores[i].entropy if scores[i] else token_entropy(rows[i]),
+            gen_nfes=int(output.num_forward_passes[i]),
+            gen_nfes_paper=int(output.num_denoising_passes[i]),
+            gen_lengths=len(rows[i]),
+            seed=config.seed,
+            extra={
+                "row": first_row + i,
+                "accepted": bool(output.accepted[i]),
+                "source": batch[i].source,
+                "checkpoint": checkpoint,
+                "config_hash": digest,
+            },
+        )
+        for i in range(len(rows))
+    ]
+
+
+def summary(records: Sequence[SampleRecord], *, seconds: float) -> dict[str, float | int]:
+    """Means over samples, and how fast they came."""
+    num_tokens = sum(r.gen_lengths for r in records)
+    values: dict[str, float | int] = {"samples": len(records), "tokens": num_tokens}
+    for name in ("gen_ppl", "gen_entropy", "gen_lengths", "gen_nfes", "gen_nfes_paper"):
+        known = [v for r in records if (v := getattr(r, name)) is not None]
+        if known:
+            values[f"mean {name}"] = sum(known) / len(known)
+    values["tokens per second"] = num_tokens / seconds
+    return values
