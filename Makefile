@@ -7,7 +7,7 @@ VENV_PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-slow lint parity quickstart
+.PHONY: help venv test test-slow test-gpu lint parity quickstart
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -26,6 +26,9 @@ test: venv  ## the default tests
 
 test-slow: venv  ## the tests that take minutes each
 	$(VENV_PYTHON) -m pytest -m "slow and not gpu and not cluster"
+
+test-gpu: venv  ## the tests that need a GPU
+	$(VENV_PYTHON) -m pytest -m gpu
 
 lint: venv  ## ruff
 	$(VENV_PYTHON) -m ruff check .
