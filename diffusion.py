@@ -196,6 +196,7 @@ class Diffusion(L.LightningModule):
         return loss
 
     def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW, and the schedule of `lr_scheduler` stepped after every optimizer step."""
         optim = self.config.optim
         optimizer = torch.optim.AdamW(
             self.backbone.parameters(),

@@ -139,6 +139,7 @@ def print_figures(rows: list[Figures], where: dict, *, title: str) -> None:
 
 
 def main() -> None:
+    """Measure what the command line asks for, print the table and write JSON where wanted."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", choices=MODELS, default="small")
     parser.add_argument("--length", type=int, default=1024)
