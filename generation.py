@@ -273,11 +273,13 @@ def to_records(
 
 
 def summary(records: Sequence[SampleRecord], *, seconds: float) -> dict[str, float | int]:
-    """Means over samples, and how fast they came."""
+    """Means over the samples that have a value, and how fast they came."""
     num_tokens = sum(r.gen_lengths for r in records)
     values: dict[str, float | int] = {"samples": len(records), "tokens": num_tokens}
+    # A sample without a scored token has no perplexity: `values` says None where that is NaN.
+    rows = [record.values() for record in records]
     for name in ("gen_ppl", "gen_entropy", "gen_lengths", "gen_nfes", "gen_nfes_paper"):
-        known = [v for r in records if (v := getattr(r, name)) is not None]
+        known = [row[name] for row in rows if row[name] is not None]
         if known:
             values[f"mean {name}"] = sum(known) / len(known)
     values["tokens per second"] = num_tokens / seconds

@@ -283,16 +283,3 @@ def sample_score(total_nll: float, num_tokens: int, tokens: Tensor) -> SampleSco
         entropy=token_entropy(tokens),
         num_tokens=num_tokens,
     )
-
-
-def mean_scores(scores: Sequence[SampleScore]) -> dict[str, float]:
-    """Means over samples, as published: of e^nll, not e to the mean nll.
-
-    Returns:
-        gen_ppl, gen_entropy and gen_lengths over the samples that have a counted token (NaN if
-        none has), and their number num_scored.
-    """
-    rows = [(s.gen_ppl, s.entropy, s.num_tokens) for s in scores if s.num_tokens]
-    means = [sum(column) / len(rows) for column in zip(*rows, strict=True)] or [math.nan] * 3
-    names = ("gen_ppl", "gen_entropy", "gen_lengths")
-    return dict(zip(names, means, strict=True)) | {"num_scored": len(rows)}

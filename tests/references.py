@@ -1,11 +1,14 @@
 """Slow, plain twins of the fast code, and small networks that carry signal."""
 
+import pytest
 import torch
 from torch import Tensor
 
 from models.dit import DIT, DITConfig
 from models.kv_cache import KVCache
 from models.masks import AttentionPattern
+from noise_schedule import get_noise
+from objectives import Denoiser
 
 
 def sees(i: int, j: int, *, pattern: AttentionPattern, length: int, block_size: int) -> bool:
@@ -102,4 +105,31 @@ def cache_for(network: DIT, *, batch_size: int, capacity: int, dtype=torch.float
         head_dim=network.config.head_dim,
         device=network.vocab_embed.embedding.device,
         dtype=dtype,
+    )
+
+
+# --- denoisers over `small_dit` ---
+
+P = AttentionPattern
+V, MASK = 23, 22  # of `small_dit`
+SIGMA_MAX = get_noise("loglinear").sigma_max
+# (algo, parameterization, pattern, time conditioning)
+DIFFUSION = [
+    ("bd3lm", "subs", P.BLOCK_DIFFUSION, False),
+    ("mdlm", "subs", P.FULL, False),
+    ("sedd", "sedd", P.FULL, True),
+]
+ALGOS = pytest.mark.parametrize(
+    ("parameterization", "pattern", "time_conditioning"),
+    [algo[1:] for algo in DIFFUSION],
+    ids=[algo[0] for algo in DIFFUSION],
+)
+
+
+def denoiser_of(parameterization: str, *, time_conditioning: bool = False, **changes) -> Denoiser:
+    return Denoiser(
+        backbone=small_dit(**changes),
+        parameterization=parameterization,
+        mask_index=MASK,
+        time_conditioning=time_conditioning,
     )

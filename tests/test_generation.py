@@ -11,9 +11,9 @@ import generation
 from configuration import config_hash
 from corpora.tokenization import load_tokenizer
 from diffusion import Diffusion
-from generation import canvas_rows, sample_eval, sampling_options, suit_vocabulary
+from generation import canvas_rows, sample_eval, sampling_options, suit_vocabulary, summary
 from metrics import ScorerUnavailableError
-from sample_log import read_samples
+from sample_log import SampleRecord, read_samples
 from sampling.options import SamplingOptions
 from tests.small_run import overrides
 from training.checkpointing import Weights
@@ -186,3 +186,11 @@ def test_trace_replays_every_sample(small_run, tmp_path):
     assert [row["name"] for row in rows] == [f"sample {n}" for n in (1, 2, 3, 4)]
     assert [row["num_steps"] for row in rows] == [r.gen_nfes_paper for r in records]
     assert [len(row["tokens"]) for row in rows] == [r.gen_lengths for r in records]
+
+
+def test_a_sample_that_cannot_be_scored_does_not_spoil_the_mean():
+    """The mean is over samples of e^nll, as published, not e to the mean nll."""
+    shared = {"samples": "a", "gen_nfes": 3, "gen_lengths": 4, "seed": 1}
+    records = [SampleRecord(gen_ppl=ppl, **shared) for ppl in (10.0, float("nan"), 30.0)]
+    found = summary(records, seconds=2.0)
+    assert found["mean gen_ppl"] == 20.0 and found["tokens per second"] == 6.0

@@ -13,7 +13,6 @@ from metrics import (
     GenerativePerplexity,
     SampleScore,
     ScorerUnavailableError,
-    mean_scores,
     sliding_windows,
     token_entropy,
 )
@@ -203,21 +202,6 @@ def test_precision_is_the_scorers_own(gpt2):
         hook.remove()
     assert seen == {"highest"}
     assert_scores_equal(found, expected)
-
-
-def test_mean_over_samples_of_e_to_the_nll():
-    """Not e to the mean nll, which is smaller; texts without a counted token are left out."""
-    scores = [
-        SampleScore(nll=math.log(10), gen_ppl=10.0, entropy=1.0, num_tokens=4),
-        SampleScore(nll=math.nan, gen_ppl=math.nan, entropy=0.0, num_tokens=0),
-        SampleScore(nll=math.log(30), gen_ppl=30.0, entropy=2.0, num_tokens=8),
-    ]
-    expected = {"gen_ppl": 20.0, "gen_entropy": 1.5, "gen_lengths": 6.0, "num_scored": 2}
-    assert mean_scores(scores) == expected
-    assert mean_scores([]) == pytest.approx(
-        {"gen_ppl": math.nan, "gen_entropy": math.nan, "gen_lengths": math.nan, "num_scored": 0},
-        nan_ok=True,
-    )
 
 
 def test_an_impossible_text_has_infinite_perplexity():

@@ -5,41 +5,23 @@ import math
 import pytest
 import torch
 
-from models.masks import AttentionPattern
-from noise_schedule import get_noise
 from objectives import (
-    Denoiser,
     ar_log_probs,
     masked_mean,
     score_entropy,
     sedd_log_score,
     subs_log_probs,
 )
-from tests.references import generator, random_tokens, small_dit
-
-P = AttentionPattern
-V, MASK = 23, 22  # of `small_dit`
-SIGMA_MAX = get_noise("loglinear").sigma_max
-# (algo, parameterization, pattern, time conditioning)
-DIFFUSION = [
-    ("bd3lm", "subs", P.BLOCK_DIFFUSION, False),
-    ("mdlm", "subs", P.FULL, False),
-    ("sedd", "sedd", P.FULL, True),
-]
-ALGOS = pytest.mark.parametrize(
-    ("parameterization", "pattern", "time_conditioning"),
-    [algo[1:] for algo in DIFFUSION],
-    ids=[algo[0] for algo in DIFFUSION],
+from tests.references import (
+    ALGOS,
+    MASK,
+    SIGMA_MAX,
+    P,
+    V,
+    denoiser_of,
+    generator,
+    random_tokens,
 )
-
-
-def denoiser_of(parameterization: str, *, time_conditioning: bool = False, **changes) -> Denoiser:
-    return Denoiser(
-        backbone=small_dit(**changes),
-        parameterization=parameterization,
-        mask_index=MASK,
-        time_conditioning=time_conditioning,
-    )
 
 
 class TestLogProbs:

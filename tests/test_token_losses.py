@@ -2,12 +2,10 @@
 
 import math
 
-import pytest
 import torch
 from torch import Tensor
 
 from forward_process import FULL, NLL, noise_values, q_xt
-from models.masks import AttentionPattern
 from noise_schedule import NoiseValues, get_noise
 from objectives import (
     Denoiser,
@@ -15,31 +13,16 @@ from objectives import (
     diffusion_token_losses,
     masked_mean,
 )
-from tests.references import generator, random_tokens, small_dit
-
-P = AttentionPattern
-V, MASK = 23, 22  # of `small_dit`
-SIGMA_MAX = get_noise("loglinear").sigma_max
-# (algo, parameterization, pattern, time conditioning)
-DIFFUSION = [
-    ("bd3lm", "subs", P.BLOCK_DIFFUSION, False),
-    ("mdlm", "subs", P.FULL, False),
-    ("sedd", "sedd", P.FULL, True),
-]
-ALGOS = pytest.mark.parametrize(
-    ("parameterization", "pattern", "time_conditioning"),
-    [algo[1:] for algo in DIFFUSION],
-    ids=[algo[0] for algo in DIFFUSION],
+from tests.references import (
+    ALGOS,
+    MASK,
+    SIGMA_MAX,
+    P,
+    V,
+    denoiser_of,
+    generator,
+    random_tokens,
 )
-
-
-def denoiser_of(parameterization: str, *, time_conditioning: bool = False, **changes) -> Denoiser:
-    return Denoiser(
-        backbone=small_dit(**changes),
-        parameterization=parameterization,
-        mask_index=MASK,
-        time_conditioning=time_conditioning,
-    )
 
 
 def noisy(t: Tensor, *, batch: int = 3, length: int = 12) -> tuple[Tensor, Tensor, NoiseValues]:
