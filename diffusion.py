@@ -26,11 +26,9 @@ from noise_schedule import get_noise
 from objectives import Denoiser, ar_token_losses, diffusion_token_losses, masked_mean
 from sampling.base import SamplerOutput, blank_canvas
 from sampling.options import SamplingOptions, make_sampler
+from sampling.rows import draw_rows
+from seeds import TRAIN_STREAM, VALIDATION_STREAM, derive_seed
 from training.checkpointing import load_weights, read_weights
-from utils import derive_seed
-
-# Random numbers of different purposes come from different streams of one seed.
-TRAIN_STREAM, VALIDATION_STREAM, SAMPLE_STREAM = 0, 1, 2
 
 
 class Diffusion(L.LightningModule):
@@ -305,29 +303,16 @@ class Diffusion(L.LightningModule):
             eos_index=self.eos_index,
             noise=self.noise,
         )
-        numbers = range(first_row, first_row + len(canvas))
-
-        def draw(rows: list[int], *, attempt: int) -> SamplerOutput:
-            generators = [self._row_generator(seed, numbers[row], attempt) for row in rows]
-            return sampler.sample(
-                self.denoiser,
-                canvas[rows],
-                limits=None if limits is None else limits[rows],
-                generator=generators,
-                on_step=on_step,
-            )
-
-        output = draw(list(range(len(canvas))), attempt=0)
-        for attempt in range(1, max_retries + 1):
-            rejected = (~output.accepted).nonzero()[:, 0].tolist()
-            if not rejected:
-                break
-            output = output.replace_rows(rejected, draw(rejected, attempt=attempt))
-        return output
-
-    def _row_generator(self, seed: int, row: int, attempt: int) -> torch.Generator:
-        generator = torch.Generator(self.device)
-        return generator.manual_seed(derive_seed(seed, SAMPLE_STREAM, row, attempt))
+        return draw_rows(
+            sampler,
+            self.denoiser,
+            canvas,
+            seed=seed,
+            limits=limits,
+            first_row=first_row,
+            max_retries=max_retries,
+            on_step=on_step,
+        )
 
     # --- checkpoints -----------------------------------------------------------------------------
 

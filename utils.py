@@ -1,4 +1,4 @@
-"""Small things that several modules need: logging, seeds, files, the cosine schedule, precision."""
+"""Small things that several modules need: logging, files, the cosine schedule, precision."""
 
 import contextlib
 import logging
@@ -8,7 +8,6 @@ import warnings
 from pathlib import Path
 
 import fsspec
-import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch.optim import Optimizer
@@ -38,11 +37,6 @@ def quiet_known_noise() -> None:
         warnings.filterwarnings("ignore", message=message)
     advertisement = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     advertisement.addFilter(lambda record: "litlogger" not in record.getMessage())
-
-
-def derive_seed(*parts: int) -> int:
-    """An independent 63-bit seed for each tuple of integers, such as (seed, rank, step)."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
 
 
 def file_exists(path: str) -> bool:

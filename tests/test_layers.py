@@ -20,6 +20,7 @@ LEVELS = {
     "resolvers": 1,
     "corpora": 1,
     "models": 1,
+    "seeds": 1,
     "utils": 1,
     "metrics": 1,
     "sample_log": 1,

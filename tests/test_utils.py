@@ -8,10 +8,10 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 from lightning.pytorch.utilities import rank_zero_only
 
+from seeds import derive_seed
 from utils import (
     absolute_path,
     cosine_decay_with_warmup,
-    derive_seed,
     file_exists,
     get_logger,
     resolve_device,

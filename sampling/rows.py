@@ -1,0 +1,56 @@
+"""Rows that do not depend on their batch: each has its own stream of random numbers."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from objectives import Denoiser
+from seeds import SAMPLE_STREAM, derive_seed
+
+from .base import Sampler, SamplerOutput
+
+
+def draw_rows(
+    sampler: Sampler,
+    denoise: Denoiser,
+    canvas: Tensor,
+    *,
+    seed: int,
+    limits: Tensor | None = None,
+    first_row: int = 0,
+    max_retries: int = 10,
+    on_step: Callable[[Tensor], None] | None = None,
+) -> SamplerOutput:
+    """Complete a canvas; rows that degenerate are drawn again, alone.
+
+    A row's stream depends on `seed` and the row's number alone: the same rows come out in batches
+    of any size.
+
+    Args:
+        sampler, denoise, canvas, limits, on_step: see `Sampler.sample`; the canvas is (B, N).
+        seed: of all rows.
+        first_row: number of the first row; a later batch goes on where the last one ended.
+        max_retries: how often a row that degenerates is drawn again.
+
+    Returns:
+        The rows. One that degenerated in the last attempt too has `accepted` False.
+    """
+
+    def draw(rows: list[int], *, attempt: int) -> SamplerOutput:
+        seeds = [derive_seed(seed, SAMPLE_STREAM, first_row + row, attempt) for row in rows]
+        return sampler.sample(
+            denoise,
+            canvas[rows],
+            limits=None if limits is None else limits[rows],
+            generator=[torch.Generator(canvas.device).manual_seed(s) for s in seeds],
+            on_step=on_step,
+        )
+
+    output = draw(list(range(len(canvas))), attempt=0)
+    for attempt in range(1, max_retries + 1):
+        rejected = (~output.accepted).nonzero()[:, 0].tolist()
+        if not rejected:
+            break
+        output = output.replace_rows(rejected, draw(rejected, attempt=attempt))
+    return output
