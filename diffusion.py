@@ -22,6 +22,7 @@ from metrics import NLL as NLLMetric
 from metrics import likelihood_metrics
 from models.dit import DIT, DITConfig
 from models.masks import AttentionPattern
+from models.sharding import shard
 from noise_schedule import get_noise
 from objectives import Denoiser, ar_token_losses, diffusion_token_losses, masked_mean
 from sampling.base import SamplerOutput, blank_canvas
@@ -178,6 +179,11 @@ class Diffusion(L.LightningModule):
 
     # --- training --------------------------------------------------------------------------------
 
+    def configure_model(self) -> None:
+        """Spreads the weights over the processes where the strategy made a mesh of them."""
+        if self.device_mesh is not None:
+            shard(self.backbone, self.device_mesh["data_parallel"])
+
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         # The noise (and dropout) of a batch depends on seed, rank and its number alone: no two
         # ranks share any, and a resumed run draws what an uninterrupted one would have drawn.
@@ -216,25 +222,48 @@ class Diffusion(L.LightningModule):
     ) -> None:
         self._seed(VALIDATION_STREAM, batch_idx)
 
+    def on_validation_epoch_start(self) -> None:
+        self._extra_passes = range(0)
+        if self.device_mesh is not None:
+            is_check, trainer = self.trainer.sanity_checking, self.trainer
+            (own,) = trainer.num_sanity_val_batches if is_check else trainer.num_val_batches
+            most = trainer.strategy.reduce(torch.tensor(own, device=self.device), reduce_op="max")
+            self._extra_passes = range(own, int(most))
+
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         x_0 = batch["input_ids"]
-        losses = self.token_losses(x_0, interval=self.validation_interval)
+        losses = self._validation_losses(x_0, batch_idx=batch_idx)
         mask = self.loss_mask(batch["attention_mask"], is_training=False)
-        self.val_metrics.update(losses, mask)
+        self.val_metrics.update(losses[self.validation_interval], mask)
         self.log_dict(self.val_metrics, on_step=False, on_epoch=True, batch_size=len(x_0))
-        if self.clip_search is not None and batch_idx < MAX_BATCHES:
-            self._search_step(x_0, batch_idx=batch_idx, losses=losses)
+        if self._searches(batch_idx):
+            for interval, losses_of in losses.items():
+                per_block = losses_of.unflatten(1, (-1, self.block_size)).mean(dim=-1)
+                self.clip_search.update(interval, per_block, batch_idx=batch_idx)
+        if self._extra_passes:
+            self._last_rows = x_0
 
-    def _search_step(self, x_0: Tensor, *, batch_idx: int, losses: Tensor) -> None:
-        for interval in self.clip_search.intervals:
-            if interval != self.validation_interval:  # that one has just been computed
-                losses_of = self.token_losses(x_0, interval=interval)
-            else:
-                losses_of = losses
-            per_block = losses_of.unflatten(1, (-1, self.block_size)).mean(dim=-1)
-            self.clip_search.update(interval, per_block, batch_idx=batch_idx)
+    def _searches(self, batch_idx: int) -> bool:
+        return self.clip_search is not None and batch_idx < MAX_BATCHES
+
+    def _validation_losses(self, x_0: Tensor, *, batch_idx: int) -> dict[ClipInterval, Tensor]:
+        """Losses per token of a batch on the range that is reported and on the candidates."""
+        candidates = self.clip_search.intervals if self._searches(batch_idx) else []
+        intervals = dict.fromkeys((self.validation_interval, *candidates))
+        return {interval: self.token_losses(x_0, interval=interval) for interval in intervals}
+
+    def _keep_pace(self) -> None:
+        """Computes as often as the process with the most batches, and counts nothing of it.
+
+        With sharded weights every pass gathers them from all processes: one that had no batch any
+        more would leave the others waiting.
+        """
+        for batch_idx in self._extra_passes:
+            with self.trainer.precision_plugin.val_step_context():
+                self._validation_losses(self._last_rows, batch_idx=batch_idx)
 
     def on_validation_epoch_end(self) -> None:
+        self._keep_pace()
         if self.clip_search is None:
             return
         scores = self.clip_search.compute()

@@ -6,12 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .sharding import local, placed_like, whole
+
 
 class ExponentialMovingAverage:
     """shadow <- d * shadow + (1 - d) * parameter, with d = min(decay, (1 + n) / (10 + n)).
 
     The shadow is positional: entry i belongs to the i-th parameter that requires a gradient. That,
-    and the three keys of `state_dict`, is the original's file format.
+    and the three keys of `state_dict`, is the original's file format. Where parameters are sharded,
+    so is the shadow, and each process averages its own pieces; files hold whole tensors.
 
     Args:
         parameters: the parameters to follow; their present values start the average.
@@ -30,11 +33,17 @@ class ExponentialMovingAverage:
         """Move the shadow one step towards the parameters (call after each optimizer step)."""
         self.num_updates += 1
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        current = [p.detach() for p in parameters if p.requires_grad]
+        current = [local(p.detach()) for p in parameters if p.requires_grad]
+        shadow = [local(s) for s in self.shadow]
         # Not lerp: its float32 rounding is another one than the original's.
-        difference = torch._foreach_sub(self.shadow, current)
+        difference = torch._foreach_sub(shadow, current)
         torch._foreach_mul_(difference, 1.0 - decay)
-        torch._foreach_sub_(self.shadow, difference)
+        torch._foreach_sub_(shadow, difference)
+
+    def place_like(self, parameters: Iterable[Tensor]) -> None:
+        """Move the shadow to where the parameters are by now, sharded as they are."""
+        followed = (p for p in parameters if p.requires_grad)
+        self.shadow = [placed_like(s, p) for s, p in zip(self.shadow, followed, strict=True)]
 
     @torch.no_grad()
     def swap(self, parameters: Iterable[Tensor]) -> None:
@@ -42,21 +51,25 @@ class ExponentialMovingAverage:
         for shadow, parameter in zip(
             self.shadow, (p for p in parameters if p.requires_grad), strict=True
         ):
-            held = shadow.clone()
-            shadow.copy_(parameter)
-            parameter.copy_(held)
+            mine, theirs = local(shadow), local(parameter)
+            held = mine.clone()
+            mine.copy_(theirs)
+            theirs.copy_(held)
 
     def state_dict(self) -> dict[str, Any]:
-        """The original's layout: decay, num_updates and the positional list shadow_params."""
+        """The original's layout: decay, num_updates and the positional list shadow_params.
+
+        Of sharded parameters only the first process gets the tensors; all must call this.
+        """
         return {
             "decay": self.decay,
             "num_updates": self.num_updates,
-            "shadow_params": self.shadow,
+            "shadow_params": [whole(shadow) for shadow in self.shadow],
         }
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore `state_dict`; the tensors are copied onto the present device.
+        """Restore `state_dict`; the tensors are whole ones on every process.
 
         Raises:
             ValueError: if the number of tensors or a shape does not fit the parameters followed.
@@ -70,5 +83,5 @@ class ExponentialMovingAverage:
                 f"has {len(expected)} parameters of shapes {expected[:3]}..."
             )
         for shadow, tensor in zip(self.shadow, loaded, strict=True):
-            shadow.copy_(tensor)
+            local(shadow).copy_(local(placed_like(tensor, shadow)))
         self.decay, self.num_updates = state["decay"], state["num_updates"]

@@ -42,7 +42,7 @@ class EMACallback(L.Callback):
             self.ema = ExponentialMovingAverage(pl_module.parameters(), decay=self.decay)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.ema.shadow = [shadow.to(pl_module.device) for shadow in self.ema.shadow]
+        self.ema.place_like(pl_module.parameters())
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._step = trainer.global_step

@@ -1,0 +1,120 @@
+"""Runs of `main.run` one after the other in each of two processes, as on two GPUs.
+
+`python -m tests.parallel_runs FOLDER` is one of the processes (started by `start_pair`): it carries
+out the runs of FOLDER/runs.json, each in a directory of its own, and with gloo on the CPU.
+"""
+
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_dir
+from torch import Tensor
+
+import diffusion
+import main
+import resolvers
+from tests.conftest import PROJECT
+from tests.small_run import overrides
+
+TIMEOUT = 240  # seconds for all runs of a pair
+
+
+@contextmanager
+def noise_of_rows() -> Iterator[None]:
+    """Makes the noise of a row a function of the row and of the draw's number within the step.
+
+    So a row has the same noise in whatever batch and on whatever process it comes.
+    """
+    rand, token_losses = torch.rand, diffusion.Diffusion.token_losses
+    rows: list[Tensor] = []
+    draws = 0
+
+    def rand_of_rows(shape: torch.Size, **_ignored: object) -> Tensor:
+        nonlocal draws
+        draws += 1
+        return torch.stack([uniform(row, shape[1:], number=draws) for row in rows[-1]])
+
+    def uniform(row: Tensor, shape: torch.Size, *, number: int) -> Tensor:
+        digest = hashlib.sha256(f"{number} {row.tolist()}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        return rand(shape, generator=generator)
+
+    def with_rows(self, x_0: Tensor, **arguments: object) -> Tensor:
+        nonlocal draws
+        rows.append(x_0)
+        draws, torch.rand = 0, rand_of_rows
+        try:
+            return token_losses(self, x_0, **arguments)
+        finally:
+            torch.rand = rand
+
+    diffusion.Diffusion.token_losses = with_rows
+    try:
+        yield
+    finally:
+        diffusion.Diffusion.token_losses = token_losses
+
+
+def run(folder: Path, name: str, changes: list[str]) -> None:
+    """Carries out one run in FOLDER/NAME, on the text in FOLDER, with the noise of rows."""
+    directory = folder / name
+    directory.mkdir(exist_ok=True)
+    os.chdir(directory)
+    resolvers.register_resolvers()
+    with initialize_config_dir(str(PROJECT / "configs"), version_base=None):
+        config = compose("config", overrides(folder, *changes))
+    with noise_of_rows():
+        main.run(config, launch_dir=str(folder))
+
+
+def start_pair(folder: Path, runs: dict[str, list[str]]) -> list[str]:
+    """Carries out runs in two processes; returns what each process printed.
+
+    Args:
+        folder: has the text of `small_run.write_text`.
+        runs: overrides by the name of the run.
+    """
+    (folder / "runs.json").write_text(json.dumps(runs))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = os.environ | {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2",
+        "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT),
+    }  # fmt: skip
+    command = [sys.executable, "-m", "tests.parallel_runs", str(folder)]
+    outputs = [(folder / f"output{rank}.txt").open("w+") for rank in range(2)]
+    processes = [
+        subprocess.Popen(
+            command, env=shared | {"LOCAL_RANK": str(rank), "RANK": str(rank)}, cwd=folder,
+            stdout=outputs[rank], stderr=subprocess.STDOUT,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        codes = [process.wait(TIMEOUT) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+        texts = []
+        for output in outputs:
+            output.seek(0)
+            texts.append(output.read())
+            output.close()
+    assert codes == [0, 0], "\n".join(text[-5000:] for text in texts)
+    return texts
+
+
+if __name__ == "__main__":
+    place = Path(sys.argv[1])
+    for run_name, run_changes in json.loads((place / "runs.json").read_text()).items():
+        run(place, run_name, [*run_changes, "trainer.devices=2"])
