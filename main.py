@@ -17,7 +17,10 @@ from generation import sample_eval, sampling_options
 from report import draw_training_curve
 from resolvers import register_resolvers, world_size
 from training.callbacks import EMACallback, LastCheckpoint, ProgressBar
+from training.checkpoint_io import AtomicCheckpointIO
 from training.checkpointing import load_weights, read_weights
+from training.resume import ResumeState
+from training.signals import Interrupted, StopOnSignal, StopSignals
 from utils import (
     absolute_path,
     file_exists,
@@ -84,15 +87,22 @@ def wandb_arguments(config: DictConfig) -> dict:
     return arguments
 
 
-def build_trainer(config: DictConfig, *, is_training: bool) -> L.Trainer:
-    """The Lightning trainer of `trainer`, `strategy` and `callbacks`."""
+def build_trainer(config: DictConfig, *, signals: StopSignals | None = None) -> L.Trainer:
+    """The Lightning trainer of `trainer`, `strategy` and `callbacks`.
+
+    Args:
+        config: the composed configuration.
+        signals: what ends a training; None: the trainer is only to evaluate.
+    """
+    is_training = signals is not None
     callbacks: list[L.Callback] = [ProgressBar()]
     loggers: list[Logger] = []
     if is_training:
         callbacks += [hydra.utils.instantiate(c) for c in config.callbacks.values()]
         if config.training.ema > 0:
             callbacks.append(EMACallback(config.training.ema))
-        callbacks.append(LastCheckpoint())
+        last = LastCheckpoint()
+        callbacks += [ResumeState(), last, StopOnSignal(signals, last)]
         loggers = build_loggers(config)
     is_parallel = world_size(config.trainer) > 1
     # An integer interval counts batches across epochs, a float is a fraction of each epoch.
@@ -106,6 +116,7 @@ def build_trainer(config: DictConfig, *, is_training: bool) -> L.Trainer:
         enable_model_summary=False,
         precision=lightning_precision(config.trainer.precision),
         strategy=hydra.utils.instantiate(config.strategy) if is_parallel else "auto",
+        plugins=[AtomicCheckpointIO()],
         use_distributed_sampler=False,  # the data loaders know their rank
     )
 
@@ -130,7 +141,7 @@ def checkpoint_to_resume(config: DictConfig) -> str | None:
     return None
 
 
-def train(config: DictConfig) -> None:
+def train(config: DictConfig, *, signals: StopSignals) -> None:
     """Train, resuming from `checkpointing.resume_ckpt_path` where that exists."""
     resume = checkpoint_to_resume(config)
     L.seed_everything(config.seed, verbose=False)
@@ -141,7 +152,7 @@ def train(config: DictConfig) -> None:
         load_weights(model, weights.without_clipped_range(), use_ema=False)
     num_parameters = sum(p.numel() for p in model.parameters())
     logger.info("%s: %.1f M parameters", config.algo.name, num_parameters / 1e6)
-    trainer = build_trainer(config, is_training=True)
+    trainer = build_trainer(config, signals=signals)
     train_loader, valid_loader = get_dataloaders(
         config, tokenizer, rank=trainer.global_rank, world_size=trainer.world_size
     )
@@ -174,9 +185,10 @@ def run(config: DictConfig, *, launch_dir: str) -> None:
     make_paths_absolute(config, launch_dir=launch_dir)
     for mode in (config.mode, *config.then):
         if mode == "train":
-            train(config)
+            with StopSignals() as signals:
+                train(config, signals=signals)
         elif mode == "ppl_eval":
-            ppl_eval(config, build_trainer(config, is_training=False))
+            ppl_eval(config, build_trainer(config))
         else:
             sample_eval(config)
     logger.info("Everything is in %s", os.getcwd())
@@ -192,6 +204,9 @@ def main(config: DictConfig) -> None:
             raise
         logger.error("%s", error)
         sys.exit(1)
+    except Interrupted as stop:
+        logger.warning("%s; the same command goes on from here", stop)
+        sys.exit(stop.exit_code)
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def test_nothing_loads_before_the_configuration_is_checked(
 
 def test_modes_run_in_order(compose, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(main, "train", lambda config: seen.append("train"))
+    monkeypatch.setattr(main, "train", lambda config, signals: seen.append("train"))
     monkeypatch.setattr(main, "ppl_eval", lambda config, trainer: seen.append("ppl_eval"))
     monkeypatch.setattr(main, "sample_eval", lambda config: seen.append("sample_eval"))
     monkeypatch.chdir(tmp_path)
@@ -86,7 +86,7 @@ def test_modes_run_in_order(compose, tmp_path, monkeypatch):
 
 
 def test_keys_without_effect_are_reported(compose, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(main, "train", lambda config: None)
+    monkeypatch.setattr(main, "train", lambda config, signals: None)
     changes = ("algo=mdlm", "training.coeff_clip=2.0", "noise.sigma_max=9")
     config = compose(overrides(tmp_path, *changes))
     main.run(config, launch_dir=str(tmp_path))
@@ -167,7 +167,7 @@ def test_precision_of_the_original(given, expected):
 def test_trainer_of_the_default_precision(compose, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = [o for o in overrides(tmp_path) if not o.startswith("trainer.precision")]
-    trainer = main.build_trainer(compose(settings), is_training=False)
+    trainer = main.build_trainer(compose(settings))
     assert trainer.precision == "bf16-mixed"
 
 

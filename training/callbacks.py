@@ -6,6 +6,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, RichProgressBar
 
 from models.ema import ExponentialMovingAverage
+from training.resume import validation_is_due
 
 
 class ProgressBar(RichProgressBar):
@@ -92,25 +93,36 @@ class LastCheckpoint(Checkpoint):
 
     - Where training ends between two of them. At the last batch: Lightning closes the epoch after
       it, and a run that resumes from a checkpoint of then begins a new epoch instead of going on.
-    - Where a validation follows one of the same step, which lacks the clipped range that it found.
+    - Before a validation, which may take long and end with the job.
+    - After it, with the clipped range that it found.
+
+    Never within gradient accumulation, whose gradients are in no checkpoint.
     """
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
     ) -> None:
         is_last_step = 0 <= trainer.max_steps <= trainer.global_step
-        if is_last_step or trainer.should_stop:  # the latter by trainer.max_time
-            self._save(trainer)
+        # should_stop: by trainer.max_time
+        if is_last_step or trainer.should_stop or validation_is_due(trainer):
+            self.save(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking:
-            self._save(trainer, only_step=trainer.global_step)
+            self.save(trainer, is_newer=True)
 
-    def _save(self, trainer: L.Trainer, *, only_step: int | None = None) -> None:
-        """Have last.ckpt written; `only_step`: only over a checkpoint of that step."""
+    def save(self, trainer: L.Trainer, *, is_newer: bool = False) -> None:
+        """Have last.ckpt written.
+
+        Args:
+            trainer: of the run.
+            is_newer: there is more to save than what was saved at this step.
+        """
+        if trainer.fit_loop._should_accumulate():
+            return
         for callback in trainer.checkpoint_callbacks:
             if not isinstance(callback, ModelCheckpoint) or not callback.save_last:
                 continue
             # Not public; saving past the callback would leave a last-v1.ckpt beside last.ckpt.
-            if only_step is None or callback._last_global_step_saved == only_step:
+            if is_newer or callback._last_global_step_saved != trainer.global_step:
                 callback._save_last_checkpoint(trainer, callback._monitor_candidates(trainer))

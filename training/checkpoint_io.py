@@ -1,0 +1,80 @@
+"""Checkpoint files that are there whole or not at all."""
+
+import contextlib
+import io
+import os
+from typing import Any
+
+import fsspec
+import torch
+from fsspec.implementations.local import LocalFileSystem
+from lightning.fabric.plugins.io import TorchCheckpointIO
+
+from utils import get_logger
+
+logger = get_logger(__name__)
+
+# A file appears there under its name when all of it has arrived, and renaming would copy it.
+PUBLISHES_WHOLE = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "hf", "memory"}
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes to another name, has the disk confirm it, then renames.
+
+    A file that cannot be written, because the disk is full say, is an error in the log and not
+    the end of the run: the checkpoint before it is still there, and the next one may fit again.
+
+    Attributes:
+        failures: message by path, of files whose last writing failed.
+    """
+
+    def __init__(self):
+        self.failures: dict[str, str] = {}
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None
+    ) -> None:
+        path = str(path)
+        fs, name = fsspec.core.url_to_fs(path)
+        write = _write_local if isinstance(fs, LocalFileSystem) else _write_remote
+        try:
+            fs.makedirs(fs._parent(name), exist_ok=True)
+            write(checkpoint, fs, name)
+        except (OSError, RuntimeError) as error:  # torch.save says RuntimeError of a full disk
+            reason = str(error.__context__ or error).strip().split("\n")[0]
+            self.failures[path] = f"{path}: cannot be written ({reason})"
+            logger.error("%s; training goes on, and older checkpoints stay", self.failures[path])
+        else:
+            self.failures.pop(path, None)
+
+
+def _write_local(checkpoint: dict[str, Any], fs: LocalFileSystem, name: str) -> None:
+    partial = f"{name}.partial"
+    try:
+        with open(partial, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, name)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(partial)
+        raise
+    # The new name is on the disk when the directory is.
+    directory = os.open(os.path.dirname(name), os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _write_remote(checkpoint: dict[str, Any], fs: fsspec.AbstractFileSystem, name: str) -> None:
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
+    if protocols & PUBLISHES_WHOLE:
+        fs.pipe_file(name, buffer.getvalue())
+        return
+    partial = f"{name}.partial"
+    fs.pipe_file(partial, buffer.getvalue())
+    fs.mv(partial, name)

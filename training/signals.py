@@ -1,0 +1,198 @@
+"""Leaving a training when told to: finish the step, save, have Slurm requeue the job, exit.
+
+Slurm announces the end of a job's time with SIGUSR1 (`#SBATCH --signal=SIGUSR1@90`) and ends a
+preempted or cancelled job with SIGTERM; a terminal sends SIGINT for Ctrl-C.
+"""
+
+import os
+import signal
+import subprocess
+from types import FrameType, TracebackType
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_only
+
+from training.callbacks import LastCheckpoint
+from utils import get_logger
+
+logger = get_logger(__name__)
+
+STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+# How long a loading process outlives SIGTERM, in seconds: its trainer finishes a step meanwhile.
+_WORKER_GRACE = 120
+
+
+class Interrupted(BaseException):
+    """A signal ended the run; no `except Exception` on the way takes it for a failure.
+
+    Attributes:
+        signum: the signal.
+        exit_code: 128 + signal as in a shell; 0 on all processes but the first, because launchers
+            kill the rest of a job as soon as one process fails.
+    """
+
+    def __init__(self, signum: int):
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.signum = signum
+        self.exit_code = 128 + signum if rank_zero_only.rank == 0 else 0
+
+
+class StopSignals:
+    """Takes the stop signals over while a training is prepared and runs (a context manager).
+
+    Outside of `Trainer.fit` there is nothing to save: a signal raises `Interrupted` at once. In
+    it, `StopOnSignal` does so at the next good place, and only a second Ctrl-C does not wait.
+    Leaving because of SIGUSR1, a Slurm job is requeued: it goes on when its turn comes.
+
+    Attributes:
+        received: the first signal that came, or None.
+        is_patient: leave it to `StopOnSignal` to react.
+    """
+
+    def __init__(self):
+        self.received: int | None = None
+        self.is_patient = False
+        self._process = os.getpid()
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        self._previous = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
+        self.install()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+        if isinstance(error, Interrupted):
+            _requeue(error.signum)
+        elif error is None and self.received is not None:  # it came as training ended
+            _requeue(self.received)
+            raise Interrupted(self.received)
+
+    def install(self) -> None:
+        """Put the handlers in place; Lightning puts its own there when a training starts."""
+        for signum in STOP_SIGNALS:
+            signal.signal(signum, self._handle)
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a child that has inherited the handler
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+            return
+        is_repeated = self.received is not None
+        self.received = self.received or signum
+        if not self.is_patient or (is_repeated and signum == signal.SIGINT):
+            raise Interrupted(signum)
+        name = signal.Signals(signum).name
+        logger.warning("%s: stopping after this step; Ctrl-C stops now, unsaved", name)
+
+
+class StopOnSignal(Checkpoint):
+    """Ends training after a signal: at the end of an optimizer step, or within a validation.
+
+    After a step last.ckpt is written, and training ends once the step is logged. Within a
+    validation last.ckpt holds the state from before it, and it is repeated. All processes stop if
+    any of them was signalled. (A `Checkpoint`: Lightning calls those after all other callbacks.)
+
+    Args:
+        signals: what has been received.
+        last: writes last.ckpt.
+    """
+
+    def __init__(self, signals: StopSignals, last: LastCheckpoint):
+        self.signals = signals
+        self.last = last
+        self._step = 0
+        self._shared_batches = 0
+        self._is_saved = False
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.signals.is_patient = True
+
+    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.signals.install()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.signals.install()
+        self._step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
+    ) -> None:
+        if trainer.global_step == self._step:  # gradient accumulation: the step is not complete
+            return
+        self._step = trainer.global_step
+        if self._is_told_to_stop(trainer):
+            self.last.save(trainer)
+            self._is_saved = True
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
+    ) -> None:
+        if self._is_saved:
+            self._stop()
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._is_saved:
+            self._stop()
+        # Shards of different sizes differ in batches; a question to all needs all to be there.
+        batches = torch.tensor(float(sum(trainer.num_val_batches)), device=pl_module.device)
+        self._shared_batches = int(trainer.strategy.reduce(batches, reduce_op="min"))
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        is_asked = not trainer.sanity_checking and batch_idx < self._shared_batches
+        if is_asked and self._is_told_to_stop(trainer):
+            self._stop()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.signals.is_patient = False
+
+    def _is_told_to_stop(self, trainer: L.Trainer) -> bool:
+        is_told = self.signals.received is not None
+        return trainer.strategy.reduce_boolean_decision(is_told, all=False)
+
+    def _stop(self) -> None:
+        raise Interrupted(self.signals.received or signal.SIGTERM)
+
+
+def ignore_stop_signals(worker_id: int) -> None:
+    """A loading process's part (`worker_init_fn`): it serves until its trainer dismisses it.
+
+    Slurm signals every process of a job, and so does Ctrl-C; the step could not be finished.
+    """
+    for signum in STOP_SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda signum, frame: signal.alarm(_WORKER_GRACE))
+
+
+def _requeue(signum: int) -> None:
+    """Hand the Slurm job back to the queue; only SIGUSR1 asks for it."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if signum != signal.SIGUSR1 or job is None or rank_zero_only.rank != 0:
+        return
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm's answer; this process is leaving anyway
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
+        problem = done.stderr.strip() if done.returncode else None
+    except OSError as error:
+        problem = str(error)
+    if problem is None:
+        logger.info("Slurm job %s is requeued", job)
+    else:
+        logger.error("Slurm job %s is not requeued (%s); submit it again to go on", job, problem)
