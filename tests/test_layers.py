@@ -10,6 +10,7 @@ LEVELS = {
     "evaluation": 5,
     "generation": 5,
     "diffusion": 4,
+    "models.hf": 4,
     "dataloader": 3,
     "sampling": 3,
     "clipped_schedule": 3,
@@ -28,11 +29,15 @@ LEVELS = {
     "report": 1,
 }
 
+# Packages inside others that have a level of their own.
+NESTED = {"models.hf"}
+
 # What must stay usable without these packages.
 FORBIDDEN = {
     "sampling": {"lightning", "hydra", "omegaconf"},
     "objectives": {"lightning", "hydra", "omegaconf"},
     "models": {"lightning", "hydra", "omegaconf"},
+    "models.hf": {"lightning", "hydra", "omegaconf"},
     "configuration": {"lightning", "hydra"},
     "resolvers": {"lightning", "hydra"},
 }
@@ -50,17 +55,28 @@ def units() -> dict[str, list[Path]]:
             files = sorted(folder.rglob("*.py"))
             if files:
                 found[folder.name] = files
+    for name in NESTED:
+        outer, inner = name.split(".")
+        found[name] = [path for path in found[outer] if path.parent.name == inner]
+        found[outer] = [path for path in found[outer] if path.parent.name != inner]
     return found
 
 
+def unit_of(module: str) -> str:
+    """Returns the unit that a module belongs to, by its full name."""
+    first, *rest = module.split(".")
+    nested = ".".join([first, *rest[:1]])
+    return nested if nested in NESTED else first
+
+
 def imported(path: Path) -> set[str]:
-    """Returns the top-level names that a file imports absolutely, anywhere in it."""
+    """Returns the names of units that a file imports absolutely, anywhere in it."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(), filename=str(path))):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {unit_of(alias.name) for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            names.add(node.module.split(".")[0])
+            names.add(unit_of(node.module))
     return names
 
 

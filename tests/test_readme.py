@@ -153,7 +153,7 @@ def test_layout_names_what_is_there():
         assert (PROJECT / name).exists(), name
     modules = {
         str(path.relative_to(PROJECT))
-        for folder in (".", "models", "sampling", "training", "corpora", "scripts")
+        for folder in (".", "models", "models/hf", "sampling", "training", "corpora", "scripts")
         for path in (PROJECT / folder).glob("*.py")
         if path.name != "__init__.py"
     }
