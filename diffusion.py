@@ -29,7 +29,9 @@ from sampling.base import SamplerOutput, blank_canvas
 from sampling.options import SamplingOptions, make_sampler
 from sampling.rows import draw_rows
 from seeds import TRAIN_STREAM, VALIDATION_STREAM, derive_seed
-from training.checkpointing import load_weights, read_weights
+from training.checkpointing import Weights, load_weights, read_weights
+from training.compatibility import check_same_model, check_sizes, print_what_changes
+from training.description import from_run_config
 
 
 class Diffusion(L.LightningModule):
@@ -240,8 +242,8 @@ class Diffusion(L.LightningModule):
             for interval, losses_of in losses.items():
                 per_block = losses_of.unflatten(1, (-1, self.block_size)).mean(dim=-1)
                 self.clip_search.update(interval, per_block, batch_idx=batch_idx)
-        if self._extra_passes:
-            self._last_rows = x_0
+        if batch_idx + 1 == self._extra_passes.start:
+            self._keep_pace(x_0)
 
     def _searches(self, batch_idx: int) -> bool:
         return self.clip_search is not None and batch_idx < MAX_BATCHES
@@ -252,18 +254,16 @@ class Diffusion(L.LightningModule):
         intervals = dict.fromkeys((self.validation_interval, *candidates))
         return {interval: self.token_losses(x_0, interval=interval) for interval in intervals}
 
-    def _keep_pace(self) -> None:
+    def _keep_pace(self, x_0: Tensor) -> None:
         """Computes as often as the process with the most batches, and counts nothing of it.
 
         With sharded weights every pass gathers them from all processes: one that had no batch any
-        more would leave the others waiting.
+        more would leave the others waiting. This comes with the last batch, before metrics meet.
         """
         for batch_idx in self._extra_passes:
-            with self.trainer.precision_plugin.val_step_context():
-                self._validation_losses(self._last_rows, batch_idx=batch_idx)
+            self._validation_losses(x_0, batch_idx=batch_idx)
 
     def on_validation_epoch_end(self) -> None:
-        self._keep_pace()
         if self.clip_search is None:
             return
         scores = self.clip_search.compute()
@@ -366,16 +366,58 @@ def load_model(config: DictConfig, tokenizer: PreTrainedTokenizerBase) -> Diffus
     """The model with the weights of `eval.checkpoint_path`, averaged unless `eval.disable_ema`.
 
     Raises:
-        ValueError: it was trained with another block size, or its weights do not fit.
+        ValueError: it was trained as another model or with another block size, or its weights do
+            not fit.
     """
-    weights = read_weights(config.eval.checkpoint_path)
-    is_other_size = weights.block_size not in (None, config.block_size)
-    if config.algo.name == "bd3lm" and is_other_size and not config.eval.any_block_size:
-        raise ValueError(
-            f"block_size={config.block_size}: allowed with this eval.checkpoint_path is "
-            f"{weights.block_size}, which {weights.source} was trained with; "
-            "eval.any_block_size=true goes on all the same"
-        )
+    weights = _read_fitting_weights(config, tokenizer, key="eval.checkpoint_path")
     model = Diffusion(config, tokenizer)
-    load_weights(model, weights, use_ema=not config.eval.disable_ema)
+    load_weights(
+        model,
+        weights,
+        use_ema=not config.eval.disable_ema,
+        allow_missing=config.eval.allow_missing,
+    )
     return model.eval()
+
+
+def new_model(config: DictConfig, tokenizer: PreTrainedTokenizerBase) -> Diffusion:
+    """The model at the beginning of a training, with the weights of `training.from_pretrained`.
+
+    They may be those of another algorithm or block size; the clipped range is the config's.
+
+    Raises:
+        ValueError: its weights do not fit.
+    """
+    if config.training.from_pretrained is None:
+        return Diffusion(config, tokenizer)
+    weights = _read_fitting_weights(config, tokenizer, key="training.from_pretrained")
+    model = Diffusion(config, tokenizer)
+    load_weights(
+        model,
+        weights.without_clipped_range(),
+        use_ema=False,
+        allow_missing=config.eval.allow_missing,
+    )
+    return model
+
+
+def _read_fitting_weights(
+    config: DictConfig, tokenizer: PreTrainedTokenizerBase, *, key: str
+) -> Weights:
+    """The weights that a key names, once their description suits the run."""
+    weights = read_weights(OmegaConf.select(config, key))
+    _, vocab_size = mask_index_and_vocab_size(tokenizer)
+    wanted = from_run_config(
+        OmegaConf.to_container(config, resolve=True), vocab_size=vocab_size
+    )
+    check_sizes(
+        weights,
+        wanted,
+        key=key,
+        tokenizer=config.data.tokenizer_name_or_path,
+        allow_missing=config.eval.allow_missing,
+    )
+    if key == "eval.checkpoint_path":
+        check_same_model(weights, wanted, key=key, any_block_size=config.eval.any_block_size)
+    print_what_changes(weights, wanted, key=key)
+    return weights
