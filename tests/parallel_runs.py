@@ -24,7 +24,7 @@ import resolvers
 from tests.conftest import PROJECT
 from tests.small_run import overrides
 
-TIMEOUT = 240  # seconds for all runs of a pair
+TIMEOUT = 150  # seconds for all runs of a pair
 
 
 @contextmanager
