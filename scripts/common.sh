@@ -41,8 +41,11 @@ find_checkpoint() {
   echo "$value"
 }
 
+LAUNCHES=0
+
 # launch OVERRIDE...: one run of main.py, through srun inside a Slurm job.
 launch() {
+  LAUNCHES=$((LAUNCHES + 1))
   [[ "$BD3LM_CACHE" == *://* ]] || mkdir -p "$BD3LM_CACHE" ||
     die "cannot write the data cache $BD3LM_CACHE; set BD3LM_CACHE to a writable folder"
   if [[ -z "${SLURM_JOB_ID:-}" ]]; then
@@ -53,6 +56,9 @@ launch() {
   if [[ -n "${SLURM_CPUS_PER_TASK:-}" ]]; then
     export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"
   fi
+  # A requeued job keeps its number: it finds its run directory again, and its checkpoints there.
+  # All tasks agree on it, too, which they may not on a name made of the time.
+  set -- "hydra.run.dir=./outputs/\${data.train}/slurm-$SLURM_JOB_ID-$LAUNCHES" "$@"
   if ((${SLURM_NNODES:-1} > 1)); then set -- "trainer.num_nodes=$SLURM_NNODES" "$@"; fi
   srun --kill-on-bad-exit=1 "$PYTHON" -u main.py "$@"
 }

