@@ -354,6 +354,16 @@ def _sampling_texts(config: DictConfig) -> Problems:
         yield "sampling.max_new_tokens", "allowed are null and an integer in [1, inf)"
 
 
+def _weights_that_may_differ(config: DictConfig) -> Problems:
+    """Weights are named, or a pattern of theirs is."""
+    names = config["eval"]["allow_missing"]
+    if not isinstance(names, ListConfig) or not all(isinstance(name, str) for name in names):
+        yield (
+            "eval.allow_missing",
+            "allowed is a list of names of weights, such as [backbone.output_layer.*]",
+        )
+
+
 def _kv_cache(config: DictConfig) -> Problems:
     """Keys and values can be kept only where later tokens cannot change them."""
     name = config["algo"]["name"]
@@ -408,6 +418,7 @@ RULES: tuple[Callable[[DictConfig], Problems], ...] = (
     _sampling_steps,
     _sampling_without_time,
     _sampling_texts,
+    _weights_that_may_differ,
     _kv_cache,
     _global_batch,
 )

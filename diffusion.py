@@ -410,6 +410,8 @@ def _read_fitting_weights(
     wanted = from_run_config(
         OmegaConf.to_container(config, resolve=True), vocab_size=vocab_size
     )
+    if key == "eval.checkpoint_path":
+        check_same_model(weights, wanted, key=key, any_block_size=config.eval.any_block_size)
     check_sizes(
         weights,
         wanted,
@@ -417,7 +419,5 @@ def _read_fitting_weights(
         tokenizer=config.data.tokenizer_name_or_path,
         allow_missing=config.eval.allow_missing,
     )
-    if key == "eval.checkpoint_path":
-        check_same_model(weights, wanted, key=key, any_block_size=config.eval.any_block_size)
     print_what_changes(weights, wanted, key=key)
     return weights

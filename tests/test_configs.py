@@ -93,6 +93,7 @@ def test_new_keys(compose):
     """The keys the original lacks are few, and they leave its behaviour alone."""
     config = compose()
     assert config["eval"]["results_path"] is None
+    assert config["eval"]["allow_missing"] == []
     assert config["then"] == []
     assert "offline" not in config["wandb"], "the scripts add wandb.offline with a plus"
 

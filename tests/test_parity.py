@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from tests.parity.__main__ import CHECKS, folder_rows, main, table_of
 from tests.parity.arithmetic import clip_rows, ema_rows, noise_rows
 from tests.parity.network import backbone_rows, loss_rows
+from tests.parity.published import hub_rows, lightning_rows
 from tests.parity.rows import Row, relative
 from tests.parity.scoring import score_rows, scorer_rows
 from tests.parity.text import data_rows, detokenizer_rows
@@ -21,6 +22,15 @@ LOSSES = [
     "ar", "bd3lm", "bd3lm_bs1_nll", "bd3lm_clip_0.3_0.8", "bd3lm_clip_0.6_1.0",
     "mdlm", "mdlm_loss_scale", "sedd", "sedd_loss_scale",
 ]  # fmt: skip
+
+HUB = ["bd3lm-block_size32-pretrain", "bd3lm-block_size4", "mdlm"]
+LIGHTNING = [
+    "ar_text8",
+    *(
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in ("bd3lm_text8_block_size4", "mdlm_text8", "sedd_text8")
+    ),
+]
 
 
 @pytest.fixture
@@ -84,6 +94,16 @@ def test_scorer(golden):
     assert_all_ok(scorer_rows(golden / "tiny-gpt2"))
 
 
+@pytest.mark.parametrize("name", HUB)
+def test_hub_directory(golden, name):
+    assert_all_ok(hub_rows(golden / "hub" / name))
+
+
+@pytest.mark.parametrize("name", LIGHTNING)
+def test_original_checkpoint(golden, name):
+    assert_all_ok(lightning_rows(golden / "lightning" / f"{name}.ckpt"))
+
+
 @pytest.mark.parametrize("key", ["gen_ppl", "entropy", "gen_length"])
 def test_a_spoilt_score_fails(golden, tmp_path, key):
     (tmp_path / "tiny-gpt2").symlink_to(golden / "tiny-gpt2")
@@ -107,10 +127,9 @@ def test_every_golden_file_has_a_row(golden):
 
 
 def test_what_is_not_checked_is_not_ok(golden, tmp_path):
-    (tmp_path / "lightning").symlink_to(golden / "lightning")
     shutil.copy(golden / "gen_ppl.json", tmp_path)  # without the scorer
     statuses = [row.status for row in folder_rows(tmp_path)]
-    assert statuses == ["not yet"] * 5
+    assert statuses == ["not yet"]
     assert main([str(tmp_path)]) == 2, "nothing was compared, so nothing was found to be right"
 
 
@@ -162,6 +181,22 @@ def test_a_spoilt_copy_fails(golden, tmp_path, name, key, check):
     spoil(golden / copy.name, copy, key)
     options = {"backends": ["sdpa"]} if check is backbone_rows else {}
     assert "NOT OK" in [row.status for row in check(copy, **options)]
+
+
+def test_a_spoilt_likelihood_fails(golden, tmp_path):
+    name = "ar_text8.expected.safetensors"
+    (tmp_path / "ar_text8.ckpt").symlink_to(golden / "lightning" / "ar_text8.ckpt")
+    spoil(golden / "lightning" / name, tmp_path / name, "nlls")
+    assert "NOT OK" in [row.status for row in lightning_rows(tmp_path / "ar_text8.ckpt")]
+
+
+def test_spoilt_logits_of_a_hub_directory_fail(golden, tmp_path):
+    for path in (golden / "hub" / "mdlm").iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "expected.safetensors").unlink()
+    source = golden / "hub" / "mdlm" / "expected.safetensors"
+    spoil(source, tmp_path / "expected.safetensors", "logits")
+    assert [row.status for row in hub_rows(tmp_path)] == ["NOT OK"]
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,11 @@ REFUSED = [
         "model.attn_backend=xformers: allowed are flash_attn, auto, flex, sdpa",
     ),
     (["trainer.accelerator=tpu"], "trainer.accelerator=tpu: allowed are auto, cpu, cuda, gpu"),
+    (
+        ["eval.allow_missing=backbone.*"],
+        "eval.allow_missing=backbone.*: allowed is a list of names of weights",
+    ),
+    (["eval.allow_missing=[1]"], "eval.allow_missing=[1]: allowed is a list of names of weights"),
     # devices
     (["trainer.accelerator=cuda"], "trainer.accelerator=cuda: no CUDA device is visible here"),
     (["trainer.devices=0"], "trainer.devices=0: allowed are a positive integer, a list"),
