@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from configuration import ignored_key_warnings, validate
 from dataloader import get_dataloaders, get_tokenizer
-from diffusion import Diffusion
+from diffusion import Diffusion, new_model
 from evaluation import ppl_eval
 from generation import sample_eval, sampling_options
 from report import draw_training_curve
@@ -146,10 +146,8 @@ def train(config: DictConfig, *, signals: StopSignals) -> None:
     resume = checkpoint_to_resume(config)
     L.seed_everything(config.seed, verbose=False)
     tokenizer = get_tokenizer(config)
-    model = Diffusion(config, tokenizer)
-    if config.training.from_pretrained is not None:
-        weights = read_weights(config.training.from_pretrained)
-        load_weights(model, weights.without_clipped_range(), use_ema=False)
+    # A run that goes on has its weights from its own checkpoint.
+    model = new_model(config, tokenizer) if resume is None else Diffusion(config, tokenizer)
     num_parameters = sum(p.numel() for p in model.parameters())
     logger.info("%s: %.1f M parameters", config.algo.name, num_parameters / 1e6)
     trainer = build_trainer(config, signals=signals)
