@@ -17,6 +17,7 @@ from configuration import config_hash
 from dataloader import get_tokenizer
 from diffusion import Diffusion, load_model
 from metrics import GenerativePerplexity, SampleScore, ScorerUnavailableError, token_entropy
+from models.inference import cast_matrices
 from report import print_table
 from sample_log import SampleRecord, append_samples
 from sampling.base import SamplerOutput
@@ -146,6 +147,8 @@ def sample_eval(config: DictConfig) -> str:
     options = sampling_options(config, decode=tokenizer.decode)
     device = resolve_device(config.trainer.accelerator)
     model = load_model(config, tokenizer).to(device)
+    if is_bf16(config):
+        cast_matrices(model.backbone, torch.bfloat16)
     options = suit_vocabulary(options, vocab_size=model.backbone.config.vocab_size)
     rows = canvas_rows(config, tokenizer, mask_index=model.mask_index)
     scorer = load_scorer(config, device)
@@ -205,6 +208,11 @@ def draw_batches(
             yield start, batch, output
 
 
+def is_bf16(config: DictConfig) -> bool:
+    """Whether matrix products run in bf16."""
+    return lightning_precision(config.trainer.precision).startswith("bf16")
+
+
 def draw(
     config: DictConfig,
     model: Diffusion,
@@ -215,14 +223,13 @@ def draw(
     on_step: Callable[[Tensor], None] | None = None,
 ) -> SamplerOutput:
     """Complete a batch of rows in the precision of `trainer.precision`."""
-    is_bf16 = lightning_precision(config.trainer.precision).startswith("bf16")
     # Beyond its context mdlm goes on by half a window, which is its block there.
     is_long = max(row.limit for row in batch) > model.block_size and not config.algo.cross_attn
     unit = max(1, model.block_size // 2) if is_long else model.block_size
     canvas, limits = stack(
         batch, block_size=unit, mask_index=model.mask_index, device=model.device
     )
-    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=is_bf16):
+    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=is_bf16(config)):
         return model.generate(
             canvas,
             limits=limits,

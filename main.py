@@ -19,12 +19,13 @@ from resolvers import register_resolvers, world_size
 from training.callbacks import EMACallback, LastCheckpoint, ProgressBar
 from training.checkpoint_io import AtomicCheckpointIO
 from training.checkpointing import load_weights, read_weights
-from training.resume import ResumeState
+from training.resume import ResumeState, newest_whole_checkpoint
 from training.signals import Interrupted, StopOnSignal, StopSignals
 from utils import (
     absolute_path,
     file_exists,
     get_logger,
+    keep_freed_memory,
     lightning_precision,
     quiet_known_noise,
 )
@@ -102,7 +103,8 @@ def build_trainer(config: DictConfig, *, signals: StopSignals | None = None) -> 
         if config.training.ema > 0:
             callbacks.append(EMACallback(config.training.ema))
         last = LastCheckpoint()
-        callbacks += [ResumeState(), last, StopOnSignal(signals, last)]
+        rows_per_batch = config.loader.batch_size * world_size(config.trainer)
+        callbacks += [ResumeState(rows_per_batch), last, StopOnSignal(signals, last)]
         loggers = build_loggers(config)
     is_parallel = world_size(config.trainer) > 1
     # An integer interval counts batches across epochs, a float is a fraction of each epoch.
@@ -127,18 +129,20 @@ def checkpoint_to_resume(config: DictConfig) -> str | None:
     Raises:
         FileNotFoundError: if the user named a checkpoint that is not there. The default one,
             `last.ckpt` under `checkpointing.save_dir`, may be missing: the first run has none.
+            Where it is damaged, the one before it is taken.
     """
     path, save_dir = config.checkpointing.resume_ckpt_path, config.checkpointing.save_dir
     if not config.checkpointing.resume_from_ckpt or path is None:
         return None
-    if file_exists(path):
-        return path
-    if path != absolute_path("checkpoints/last.ckpt", base=save_dir):
+    directory = absolute_path(f"{save_dir}/checkpoints", base=os.getcwd())
+    if path == f"{directory}/last.ckpt":
+        return newest_whole_checkpoint(directory)
+    if not file_exists(path):
         raise FileNotFoundError(
             f"checkpointing.resume_ckpt_path={path}: there is no such file; allowed are a "
             "checkpoint and, to start anew, null or checkpointing.resume_from_ckpt=false"
         )
-    return None
+    return path
 
 
 def train(config: DictConfig, *, signals: StopSignals) -> None:
@@ -176,6 +180,7 @@ def run(config: DictConfig, *, launch_dir: str) -> None:
         launch_dir: where the command was typed.
     """
     quiet_known_noise()
+    keep_freed_memory()
     validate(config)
     sampling_options(config)  # refuses now what samplers could not do after a training
     for warning in ignored_key_warnings(config):

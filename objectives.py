@@ -10,12 +10,14 @@ Only masked positions carry loss in the diffusion objectives, so only their logi
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.dit import DIT
+from models.inference import InferenceDIT
 from models.kv_cache import KVCache
 from models.masks import AttentionPattern
 from noise_schedule import NoiseValues
@@ -32,16 +34,16 @@ def without_mask_token(logits: Tensor, *, mask_index: int) -> Tensor:
     return logits.masked_fill(column, NEG_INFINITY)
 
 
+def token_log_probs(logits: Tensor, *, mask_index: int) -> Tensor:
+    """log p of a token that is not known yet, (..., V): the next one, or the one behind a mask."""
+    return without_mask_token(logits, mask_index=mask_index).log_softmax(dim=-1)
+
+
 def subs_log_probs(logits: Tensor, *, x_t: Tensor, mask_index: int) -> Tensor:
     """log p(x_0 | x_t), (..., V): zero masking probability and carry-over (paper section 2.2)."""
-    log_p = without_mask_token(logits, mask_index=mask_index).log_softmax(dim=-1)
+    log_p = token_log_probs(logits, mask_index=mask_index)
     known = torch.full_like(log_p, NEG_INFINITY).scatter(-1, x_t[..., None], 0.0)
     return torch.where((x_t == mask_index)[..., None], log_p, known)
-
-
-def ar_log_probs(logits: Tensor, *, mask_index: int) -> Tensor:
-    """log p of the next token, (..., V)."""
-    return without_mask_token(logits, mask_index=mask_index).log_softmax(dim=-1)
 
 
 def sedd_log_score(logits: Tensor, *, x_t: Tensor, sigma: Tensor) -> Tensor:
@@ -111,6 +113,12 @@ class Denoiser:
             logits_at=logits_at,
         )
 
+    def for_sampling(self) -> "Denoiser":
+        """The same for inference, with the network in its fast form where sigma is always 0."""
+        if self.time_conditioning or not isinstance(self.backbone, DIT):
+            return self
+        return replace(self, backbone=InferenceDIT(self.backbone))
+
     def make_cache(self, batch_size: int, *, capacity: int) -> KVCache:
         """An empty KV cache for the network."""
         return self.backbone.make_cache(batch_size, capacity=capacity)
@@ -131,14 +139,15 @@ class Denoiser:
             sigma: total noise (B,), which sedd needs.
             pattern: who sees whom.
             kv_cache: the tokens before x.
-            at: boolean, of the result's (B, T): only these positions, (n_selected, V).
+            at: boolean, of the result's (B, T): only these positions, (n_selected, V). With subs
+                they are masked ones.
         """
         logits = self.logits(x, sigma, pattern=pattern, kv_cache=kv_cache, logits_at=at)
+        if self.parameterization == "ar" or (self.parameterization == "subs" and at is not None):
+            return token_log_probs(logits, mask_index=self.mask_index)
         x_t = x[:, : logits.shape[1]] if at is None else x[:, : at.shape[1]][at]
         if self.parameterization == "subs":
             return subs_log_probs(logits, x_t=x_t, mask_index=self.mask_index)
-        if self.parameterization == "ar":
-            return ar_log_probs(logits, mask_index=self.mask_index)
         sigma = sigma[:, None].expand(x.shape)
         sigma = sigma[:, : logits.shape[1]] if at is None else sigma[:, : at.shape[1]][at]
         return sedd_log_score(logits, x_t=x_t, sigma=sigma)

@@ -1,10 +1,11 @@
 """Where and when a figure was measured."""
 
 import datetime
+import gc
 import platform
-import resource
 import shlex
 import sys
+from pathlib import Path
 
 import torch
 
@@ -22,12 +23,29 @@ def description(device: torch.device) -> dict[str, str | int]:
     }
 
 
+def start_memory_measurement(device: torch.device) -> float:
+    """Forget earlier peaks; the memory in use now, in MB (on a CPU of the whole process)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device) / 1e6
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak to what is in use
+    return _status_mb("VmRSS")
+
+
 def peak_memory_mb(device: torch.device) -> float:
-    """The most memory this process has held on the device so far, in MB."""
+    """The most memory in use since `start_memory_measurement`, in MB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kilobytes * 1024 / 1e6
+    return _status_mb("VmHWM")
+
+
+def _status_mb(field: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == field:
+            return int(value.split()[0]) * 1024 / 1e6
+    raise OSError(f"/proc/self/status has no {field}: memory is measured on Linux alone")
 
 
 def _cpu_name() -> str:

@@ -3,8 +3,8 @@
     python -m benchmarks.sampling --batch-size 1 16 --json sampling.json
 
 Random weights, first-hitting, nucleus 0.9. Both figures of a row come from the same run. The
-recomputing sampler is timed on three blocks, at the start, the middle and the end of the text,
-because a whole text would take minutes per row; its figure is the mean over them.
+recomputing sampler is timed on four passes in each of three blocks, at the start, the middle and
+the end of the text, because a whole text would take minutes per row; its figure is their mean.
 """
 
 import argparse
@@ -16,14 +16,17 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
-from benchmarks.machine import description, peak_memory_mb
+from benchmarks.machine import description, peak_memory_mb, start_memory_measurement
 from models.dit import DIT, DITConfig
+from models.inference import cast_matrices
 from models.masks import AttentionPattern
 from objectives import Denoiser
 from sampling.base import blank_canvas
 from sampling.decoding import Decoding
 from sampling.semi_ar import SemiAutoregressiveSampler
+from utils import keep_freed_memory
 
 MODELS = {  # hidden size, conditioning, layers, heads
     "tiny": (256, 64, 8, 8),
@@ -31,6 +34,7 @@ MODELS = {  # hidden size, conditioning, layers, heads
     "medium": (1024, 128, 24, 16),
 }
 VOCAB_SIZE = 50_258  # GPT-2's and the mask
+REFERENCE_PASSES = 4
 MASK, BOS = VOCAB_SIZE - 1, VOCAB_SIZE - 2
 
 
@@ -42,11 +46,14 @@ class Figures:
     tokens_per_second: float  # all rows together, whole texts
     reference_tokens_per_second: float
     last_over_first: float  # time of the last 100 tokens over that of the first 100
-    memory_above_weights_mb: float  # peak, with the cache and all that was loaded
+    products_tokens_per_second: float  # if a pass were its matrix products alone
+    weights_mb: float
+    cache_mb: float
+    memory_mb: float  # peak above what the process had before the network was made
 
 
-def build(model: str, *, block_size: int, device: torch.device) -> Denoiser:
-    """A network of this size with random weights everywhere."""
+def build(model: str, *, block_size: int, device: torch.device, dtype: torch.dtype) -> Denoiser:
+    """A network of this size with random weights everywhere, its matrices in `dtype`."""
     hidden_size, cond_dim, n_blocks, n_heads = MODELS[model]
     torch.manual_seed(0)
     config = DITConfig(
@@ -62,7 +69,28 @@ def build(model: str, *, block_size: int, device: torch.device) -> Denoiser:
     # The zero-initialised head would make every token equally likely. This spread of the logits
     # gives about the entropy of a trained model, 4 nats, which the speed of the nucleus depends on.
     torch.nn.init.normal_(backbone.output_layer.linear.weight, std=4.6 / hidden_size**0.5)
+    cast_matrices(backbone, dtype)
     return Denoiser(backbone=backbone, parameterization="subs", mask_index=MASK)
+
+
+def time_products(denoise: Denoiser, *, batch_size: int, block_size: int) -> float:
+    """Seconds of one pass's matrix products alone, the best of several tries."""
+    network = denoise.backbone
+    device, seconds = network.vocab_embed.embedding.device, []
+    layers = [m for block in network.blocks for m in block.modules() if isinstance(m, nn.Linear)]
+    layers = [m for m in layers if m.in_features != network.config.cond_dim]
+    pairs = [(m, torch.randn(batch_size * block_size, m.in_features).to(device)) for m in layers]
+    head = network.output_layer.linear
+    pairs.append((head, torch.randn(batch_size, head.in_features).to(device)))
+    pairs = [(m.weight, m.bias, x.to(m.weight.dtype)) for m, x in pairs]
+    for _ in range(10):
+        began = time.perf_counter()
+        for weight, bias, x in pairs:
+            torch.nn.functional.linear(x, weight, bias)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
 
 
 def time_steps(
@@ -82,9 +110,16 @@ def time_steps(
 
 
 def measure(
-    denoise: Denoiser, *, batch_size: int, length: int, block_size: int, device: torch.device
+    denoise: Denoiser,
+    *,
+    batch_size: int,
+    length: int,
+    block_size: int,
+    device: torch.device,
+    memory_before: float,
 ) -> Figures:
-    """The figures of one batch size."""
+    """The figures of one batch size; memory in MB."""
+    fast = denoise.for_sampling()
 
     def sampler(*, use_cache: bool) -> SemiAutoregressiveSampler:
         return SemiAutoregressiveSampler(
@@ -100,22 +135,30 @@ def measure(
         batch_size, length, bos_index=BOS, mask_index=MASK, device=device
     )
     cached = sampler(use_cache=True)
-    time_steps(denoise, cached, blank[:, : 2 * block_size])  # warm-up
-    steps = time_steps(denoise, cached, blank)
+    start_memory_measurement(device)
+    time_steps(fast, cached, blank[:, : 2 * block_size])  # warm-up
+    steps = time_steps(fast, cached, blank)
     memory = peak_memory_mb(device)
+    products = time_products(denoise, batch_size=batch_size, block_size=block_size)
 
     reference_steps = []
     for start in (0, length // block_size // 2 * block_size, length - block_size):
         canvas = blank[:, : start + block_size].clone()
-        canvas[:, :start] = torch.randint(BOS, (batch_size, start), device=device)
+        known = max(1, start + block_size - REFERENCE_PASSES)
+        canvas[:, :known] = torch.randint(BOS, (batch_size, known), device=device)
         reference_steps += time_steps(denoise, sampler(use_cache=False), canvas)
-    weights = sum(p.numel() * p.element_size() for p in denoise.backbone.parameters()) / 1e6
+    weights = sum(p.numel() * p.element_size() for p in denoise.backbone.parameters())
+    config = denoise.backbone.config
+    keys = 2 * config.n_blocks * batch_size * length * config.hidden_size
     return Figures(
         batch_size=batch_size,
         tokens_per_second=batch_size * len(steps) / sum(steps),
         reference_tokens_per_second=batch_size * len(reference_steps) / sum(reference_steps),
+        products_tokens_per_second=batch_size / products,
         last_over_first=sum(steps[-100:]) / sum(steps[:100]),
-        memory_above_weights_mb=memory - weights,
+        weights_mb=weights / 1e6,
+        cache_mb=keys * fast.backbone.dtype.itemsize / 1e6,
+        memory_mb=memory - memory_before,
     )
 
 
@@ -123,7 +166,11 @@ def print_figures(rows: list[Figures], where: dict, *, title: str) -> None:
     """The table of a run."""
     caption = ", ".join(f"{key} {value}" for key, value in where.items() if key != "command")
     table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
-    for heading in ("batch", "tokens/s", "recomputing", "ratio", "last / first 100", "memory MB"):
+    headings = (
+        "batch", "tokens/s", "recomputing", "ratio", "products alone", "last / first 100",
+        "MB beyond weights and cache",
+    )  # fmt: skip
+    for heading in headings:
         table.add_column(heading, justify="right")
     for row in rows:
         ratio = row.tokens_per_second / row.reference_tokens_per_second
@@ -132,8 +179,9 @@ def print_figures(rows: list[Figures], where: dict, *, title: str) -> None:
             f"{row.tokens_per_second:,.1f}",
             f"{row.reference_tokens_per_second:,.1f}",
             f"{ratio:.1f} x",
+            f"{row.products_tokens_per_second:,.1f}",
             f"{row.last_over_first:.2f}",
-            f"{row.memory_above_weights_mb:,.0f}",
+            f"{row.memory_mb - row.weights_mb - row.cache_mb:,.0f}",
         )
     Console().print(table)
 
@@ -153,9 +201,16 @@ def main() -> None:
         parser.error(f"--length {arguments.length} is no multiple of --block-size")
     device = torch.device(arguments.device)
     where = description(device)
-    denoise = build(arguments.model, block_size=arguments.block_size, device=device)
-    rows = []
     is_bf16 = arguments.precision == "bf16"
+    keep_freed_memory()
+    memory_before = start_memory_measurement(device)
+    denoise = build(
+        arguments.model,
+        block_size=arguments.block_size,
+        device=device,
+        dtype=torch.bfloat16 if is_bf16 else torch.float32,
+    )
+    rows = []
     with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_bf16):
         for batch_size in arguments.batch_size:
             rows.append(
@@ -165,6 +220,7 @@ def main() -> None:
                     length=arguments.length,
                     block_size=arguments.block_size,
                     device=device,
+                    memory_before=memory_before,
                 )
             )
     title = (

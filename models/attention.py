@@ -60,6 +60,29 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, pattern: AttentionPattern, block_s
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
+# Shortest keys for which `_few_queries` is the faster one; below it is a draw.
+_MANY_KEYS = 256
+
+
+def _suits_products(q: Tensor, k: Tensor) -> bool:
+    """Whether `_few_queries` has a kernel for these; one that trains needs SDPA's gradients."""
+    is_cpu_inference = q.device.type == "cpu" and not torch.is_grad_enabled()
+    return is_cpu_inference and q.dtype == torch.bfloat16 and k.is_contiguous()
+
+
+def _few_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A block of queries against a long cache, for bf16 on a CPU.
+
+    SDPA's kernel there repacks all keys in every call, which takes twice as long as this. The
+    scores pass through bf16, whose rounding the weights have anyway.
+    """
+    shape = q.shape
+    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (B H, T or S, d)
+    # Keys times queries: the long operand is read as it lies in memory.
+    scores = torch.bmm(k, (q * shape[-1] ** -0.5).transpose(1, 2)).transpose(1, 2)  # (B H, T, S)
+    return torch.bmm(scores.softmax(dim=-1), v).view(shape)
+
+
 def attend(
     q: Tensor, k: Tensor, v: Tensor, *, pattern: AttentionPattern, block_size: int, backend: str
 ) -> Tensor:
@@ -83,6 +106,8 @@ def attend(
     if is_unrestricted(pattern, q_len=q_len, kv_len=kv_len, block_size=block_size):
         # Nothing to skip, on either backend. FlexAttention would compile anew for each length of a
         # growing cache.
+        if kv_len > max(_MANY_KEYS, 4 * q_len) and _suits_products(q, k):
+            return _few_queries(q, k, v)
         return F.scaled_dot_product_attention(q, k, v)
     run = _flex if chosen == "flex" else _sdpa
     return run(q, k, v, pattern=pattern, block_size=block_size)

@@ -77,6 +77,13 @@ class Modulation(NamedTuple):
 IDENTITY = Modulation(None, None, None)
 
 
+def matmul_dtype(weight: Tensor) -> torch.dtype:
+    """The precision of matrix products right now: autocast's, or that of the weight."""
+    if torch.is_autocast_enabled(weight.device.type):
+        return torch.get_autocast_dtype(weight.device.type)
+    return weight.dtype
+
+
 class EmbeddingLayer(nn.Module):
     """Token embeddings (V, D), not tied to the output head."""
 
@@ -107,6 +114,27 @@ class SigmaEmbedder(nn.Module):
         steps = torch.arange(half, dtype=torch.float32, device=sigma.device) / half
         angles = sigma.float()[..., None] * torch.exp(-math.log(self.MAX_PERIOD) * steps)
         return self.mlp(torch.cat((angles.cos(), angles.sin()), dim=-1))
+
+
+def attend_heads(
+    qkv: Tensor,
+    *,
+    config: DITConfig,
+    cos: Tensor,
+    sin: Tensor,
+    pattern: AttentionPattern,
+    layer: int,
+    kv_cache: KVCache | None,
+) -> Tensor:
+    """What all heads read, side by side (B, T, D), for queries, keys and values (B, T, 3 D)."""
+    heads = qkv.unflatten(-1, (3, config.n_heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, H, T, d)
+    (q, k), v = rotate(heads[:2], cos=cos, sin=sin), heads[2]  # each (B, H, T, d)
+    if kv_cache is not None:
+        k, v = kv_cache.append(layer, k=k, v=v)
+    out = attend(
+        q, k, v, pattern=pattern, block_size=config.block_size, backend=config.attn_backend
+    )
+    return out.transpose(1, 2).flatten(2)
 
 
 class DITBlock(nn.Module):
@@ -167,18 +195,11 @@ class DITBlock(nn.Module):
         kv_cache: KVCache | None,
     ) -> Tensor:
         """Multi-head attention on (B, T, D); with a cache, over the cached tokens too."""
-        heads = self.attn_qkv(h).unflatten(-1, (3, self.config.n_heads, -1))  # (B, T, 3, H, d)
-        q, k, v = heads.permute(2, 0, 3, 1, 4)  # each (B, H, T, d)
-        q, k = rotate(q, cos=cos, sin=sin), rotate(k, cos=cos, sin=sin)
-        if kv_cache is not None:
-            k, v = kv_cache.append(layer, k=k, v=v)
-        out = attend(
-            q, k, v,
-            pattern=pattern,
-            block_size=self.config.block_size,
-            backend=self.config.attn_backend,
+        out = attend_heads(
+            self.attn_qkv(h), config=self.config,
+            cos=cos, sin=sin, pattern=pattern, layer=layer, kv_cache=kv_cache,
         )  # fmt: skip
-        return self.attn_out(out.transpose(1, 2).flatten(2))  # (B, T, D)
+        return self.attn_out(out)
 
     def dropout(self, h: Tensor) -> Tensor:
         return F.dropout(h, p=self.config.dropout, training=self.training)
@@ -199,15 +220,17 @@ class OutputLayer(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
+    def modulation(self, condition: Tensor | None) -> Modulation:
+        """Of the norm, from (B or 1, T or 1, C)."""
+        if condition is None:
+            return IDENTITY
+        return Modulation(*self.adaLN_modulation(condition).chunk(2, dim=-1), None)
+
     def forward(
         self, x: Tensor, *, condition: Tensor | None, logits_at: Tensor | None
     ) -> Tensor:
         """(B, T, D) -> (B, T, V), or (n_selected, V) for a boolean `logits_at` (B, T)."""
-        modulation = IDENTITY
-        if condition is not None:
-            shift, scale = self.adaLN_modulation(condition).chunk(2, dim=-1)
-            modulation = Modulation(shift, scale, None)
-        x = modulation.modulate(self.norm_final(x))
+        x = self.modulation(condition).modulate(self.norm_final(x))
         return self.linear(x if logits_at is None else x[logits_at])
 
 
@@ -271,12 +294,11 @@ class DIT(nn.Module):
             condition = condition[:, :num_outputs]
         return self.output_layer(x, condition=condition, logits_at=logits_at)
 
-    def make_cache(self, batch_size: int, *, capacity: int) -> KVCache:
-        """An empty cache for this network, of the precision that its keys have right now."""
-        weight = self.vocab_embed.embedding
-        dtype = weight.dtype
-        if torch.is_autocast_enabled(weight.device.type):
-            dtype = torch.get_autocast_dtype(weight.device.type)
+    def make_cache(
+        self, batch_size: int, *, capacity: int, dtype: torch.dtype | None = None
+    ) -> KVCache:
+        """An empty cache for this network, by default of the precision its keys have right now."""
+        weight = self.output_layer.linear.weight
         return KVCache(
             n_layers=len(self.blocks),
             batch_size=batch_size,
@@ -284,7 +306,7 @@ class DIT(nn.Module):
             capacity=capacity,
             head_dim=self.config.head_dim,
             device=weight.device,
-            dtype=dtype,
+            dtype=dtype or matmul_dtype(weight),
         )
 
     def condition(self, sigma: Tensor | None, *, indices: Tensor) -> Tensor | None:

@@ -3,9 +3,13 @@
 import torch
 from torch import Tensor
 
+# A CPU's matrix products want each head's keys back to back, see `KVCache`. Passes of fewer tokens
+# than this would move them too often, and leave room for as many as that.
+_FEW_TOKENS, _ROOM = 4, 64
+
 
 class KVCache:
-    """Rotated keys and values per layer, each (B, H, capacity, d), in static buffers.
+    """Rotated keys and values per layer, in static buffers of B H capacity d numbers.
 
     A sampler makes one and passes it to the network. A forward pass writes its own T tokens behind
     the committed ones and attends to both; only `commit` makes them stay. So a block may be
@@ -13,6 +17,9 @@ class KVCache:
 
     The buffers are a ring: once they are full, new tokens take the place of the oldest. Their order
     does not matter to attention, and the rotation that keys carry is relative.
+
+    On a CPU the tokens of all heads lie without gaps, as many as there are: oneDNN copies whatever
+    has gaps, in every product. So they move when the text has grown by a block, not in each step.
 
     Args:
         n_layers, batch_size, n_heads, capacity, head_dim: the buffers' sizes; capacity in tokens.
@@ -33,8 +40,12 @@ class KVCache:
         device: torch.device,
         dtype: torch.dtype,
     ):
-        shape = (n_layers, 2, batch_size, n_heads, capacity, head_dim)
-        self._buffer = torch.zeros(shape, device=device, dtype=dtype)
+        size = batch_size * n_heads * capacity * head_dim
+        self._buffer = torch.zeros(n_layers, 2, size, device=device, dtype=dtype)
+        self._shape = (2, batch_size, n_heads, -1, head_dim)
+        self._tokens_size = size // capacity
+        # How many tokens of each head lie together, per layer.
+        self._room = [0 if device.type == "cpu" else capacity] * n_layers
         self.capacity = capacity
         self.num_tokens = 0
         self._num_written = 0
@@ -43,8 +54,8 @@ class KVCache:
         """Write T tentative keys and values (B, H, T, d) and return all that a query may see.
 
         Returns:
-            Views (B, H, S, d) of the buffers, S = min(num_tokens + T, capacity): nothing is copied.
-            Until the ring is full they are in order, the new tokens last.
+            Views (B, H, S, d) of the buffers, S = min(num_tokens + T, capacity). Until the ring is
+            full they are in order, the new tokens last.
 
         Raises:
             ValueError: if the tokens do not fit into one piece of the ring.
@@ -56,11 +67,14 @@ class KVCache:
                 f"KV cache: {size} more tokens behind {self.num_tokens} do not fit in one piece "
                 f"into a ring of {self.capacity}; store them in smaller pieces"
             )
-        keys, values = self._buffer[layer]
+        seen = min(end, self.capacity)
+        if seen > self._room[layer]:
+            step = size if size >= _FEW_TOKENS else _ROOM
+            self._make_room(layer, min(self.capacity, max(seen, slot + step)))
+        keys, values = self._tokens(layer)
         keys[:, :, slot : slot + size] = k
         values[:, :, slot : slot + size] = v
         self._num_written = end
-        seen = min(end, self.capacity)
         return keys[:, :, :seen], values[:, :, :seen]
 
     def commit(self, num_tokens: int) -> None:
@@ -78,6 +92,16 @@ class KVCache:
 
     def select_rows(self, rows: Tensor) -> None:
         """Row i becomes what row `rows[i]` was, for (B,) int64; in the same buffers."""
-        seen = min(self.num_tokens, self.capacity)
-        for buffer in self._buffer[..., :seen, :]:  # a layer at a time
-            buffer.copy_(buffer[:, rows])
+        for layer in range(len(self._room)):
+            tokens = self._tokens(layer)
+            tokens.copy_(tokens[:, rows])
+
+    def _tokens(self, layer: int) -> Tensor:
+        """Keys and values of a layer, (2, B, H, room, d), a view of its buffer."""
+        return self._buffer[layer, :, : self._room[layer] * self._tokens_size].view(self._shape)
+
+    def _make_room(self, layer: int, room: int) -> None:
+        """Let `room` tokens of each head lie together, and keep the committed ones."""
+        committed = self._tokens(layer)[:, :, :, : self.num_tokens].clone()
+        self._room[layer] = room
+        self._tokens(layer)[:, :, :, : self.num_tokens] = committed

@@ -34,7 +34,7 @@ class Rotary(nn.Module):
 
 
 def rotate(x: Tensor, *, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x_i, x_{i + d/2}) of queries or keys (B, H, T, d), in float32."""
+    """Rotate the pairs (x_i, x_{i + d/2}) of queries or keys (..., B, H, T, d), in float32."""
     first, second = x.float().chunk(2, dim=-1)
     rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return rotated.to(x.dtype)

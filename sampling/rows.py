@@ -37,6 +37,8 @@ def draw_rows(
         The rows. One that degenerated in the last attempt too has `accepted` False.
     """
 
+    denoise = denoise.for_sampling()
+
     def draw(rows: list[int], *, attempt: int) -> SamplerOutput:
         seeds = [derive_seed(seed, SAMPLE_STREAM, first_row + row, attempt) for row in rows]
         return sampler.sample(

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from objectives import (
-    ar_log_probs,
     masked_mean,
     score_entropy,
     sedd_log_score,
     subs_log_probs,
+    token_log_probs,
 )
 from tests.references import (
     ALGOS,
@@ -43,7 +43,7 @@ class TestLogProbs:
         torch.testing.assert_close(found, self.logits[0, 1, :MASK].log_softmax(dim=-1))
 
     def test_ar_is_a_distribution_without_the_mask_token(self):
-        log_p = ar_log_probs(self.logits, mask_index=MASK)
+        log_p = token_log_probs(self.logits, mask_index=MASK)
         torch.testing.assert_close(log_p.exp().sum(dim=-1), torch.ones(1, 4))
         assert (log_p[..., MASK] < -1e5).all()
         expected = self.logits[..., :MASK].log_softmax(dim=-1)
@@ -61,7 +61,7 @@ class TestLogProbs:
     def test_bf16_logits_are_normalised_in_float32(self):
         for log_p in (
             subs_log_probs(self.logits.bfloat16(), x_t=self.x_t, mask_index=MASK),
-            ar_log_probs(self.logits.bfloat16(), mask_index=MASK),
+            token_log_probs(self.logits.bfloat16(), mask_index=MASK),
         ):
             assert log_p.dtype == torch.float32
             torch.testing.assert_close(log_p.exp().sum(dim=-1), torch.ones(1, 4))

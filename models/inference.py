@@ -1,0 +1,191 @@
+"""The network as samplers run it: no time, no gradients, nothing computed twice.
+
+`DIT.forward` is the readable form; this one gives the same numbers up to rounding, which tests
+check. What it saves: the network is told sigma = 0 in every pass, so all modulations are constants,
+folded into the norms; the weights are in the precision of the products once and for all; behind the
+last attention only the tokens remain whose logits somebody asked for.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .dit import DIT, DITBlock, LayerNorm, Modulation, attend_heads, matmul_dtype
+from .kv_cache import KVCache
+from .masks import AttentionPattern
+
+
+def cast_matrices(network: nn.Module, dtype: torch.dtype) -> None:
+    """Keep the weights of all linear layers in this precision, in place.
+
+    Under autocast of the same precision the results do not change; the copies that autocast would
+    make of the weights are spared. For a network that is not trained any more.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            module.to(dtype)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A layer norm with its modulation folded in: norm(x) w (1 + scale) + shift."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def fold(cls, norm: LayerNorm, modulation: Modulation) -> "Norm":
+        weight = norm.weight.float()
+        if modulation.shift is None:
+            return cls(weight, None)
+        shift, scale = modulation.shift.flatten().float(), modulation.scale.flatten().float()
+        return cls(weight * (1 + scale), shift)
+
+    def __call__(self, x: Tensor, *, dtype: torch.dtype) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias).to(dtype)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Weight (out, in) and bias (out,) or None, in the precision of the products."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def cast(cls, layer: nn.Linear, dtype: torch.dtype) -> "Linear":
+        bias = None if layer.bias is None else layer.bias.to(dtype)
+        return cls(layer.weight.to(dtype), bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class InferenceBlock:
+    """A `DITBlock` with constant modulations.
+
+    Args:
+        block: the layer.
+        condition: of sigma = 0, (1, 1, C), or None.
+        dtype: of the matrix products.
+    """
+
+    def __init__(self, block: DITBlock, *, condition: Tensor | None, dtype: torch.dtype):
+        attn, feed_forward = block.modulations(condition)
+        self.dtype = dtype
+        self.norm1, self.norm2 = Norm.fold(block.norm1, attn), Norm.fold(block.norm2, feed_forward)
+        self.gate1, self.gate2 = _vector(attn.gate), _vector(feed_forward.gate)
+        self.attn_qkv = Linear.cast(block.attn_qkv, dtype)
+        self.attn_out = Linear.cast(block.attn_out, dtype)
+        self.up, self.down = Linear.cast(block.mlp[0], dtype), Linear.cast(block.mlp[2], dtype)
+
+    def attention(self, x: Tensor, **how: Any) -> Tensor:
+        """What the heads read for each token of x (B, T, D); see `dit.attend_heads`."""
+        return attend_heads(self.attn_qkv(self.norm1(x, dtype=self.dtype)), **how)
+
+    def add(self, x: Tensor, heads: Tensor) -> Tensor:
+        """The residual (..., D) with the attention's output and the feed-forward network's."""
+        x = _add(x, self.attn_out(heads), gate=self.gate1)
+        h = F.gelu(self.up(self.norm2(x, dtype=self.dtype)), approximate="tanh")
+        return _add(x, self.down(h), gate=self.gate2)
+
+
+def _vector(gate: Tensor | None) -> Tensor | None:
+    return None if gate is None else gate.flatten().float()
+
+
+def _add(x: Tensor, h: Tensor, *, gate: Tensor | None) -> Tensor:
+    return x + h if gate is None else torch.addcmul(x, h, gate)
+
+
+class InferenceDIT:
+    """Called as `DIT` is, without sigma.
+
+    Args:
+        network: shares its weights where they already have the right precision, else casts copies.
+
+    Attributes:
+        dtype: of the matrix products: autocast's at the time of the making, or the weights' own.
+            The residual stream, norms and the embedding are float32.
+    """
+
+    @torch.no_grad()
+    def __init__(self, network: DIT):
+        self._network, self.config = network, network.config
+        embedding, head = network.vocab_embed.embedding, network.output_layer
+        self.dtype = matmul_dtype(head.linear.weight)
+        is_mixed = self.dtype != torch.float32
+        with torch.autocast(embedding.device.type, dtype=self.dtype, enabled=is_mixed):
+            condition = network.condition(None, indices=embedding)
+            shared = {"condition": condition, "dtype": self.dtype}
+            self.blocks = [InferenceBlock(block, **shared) for block in network.blocks]
+            self.norm_final = Norm.fold(head.norm_final, head.modulation(condition))
+        self.head = Linear.cast(head.linear, self.dtype)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        indices: Tensor,
+        sigma: None = None,
+        *,
+        pattern: AttentionPattern,
+        kv_cache: KVCache | None = None,
+        positions: Tensor | None = None,
+        logits_at: Tensor | None = None,
+    ) -> Tensor:
+        """Predict the clean token at each position; see `DIT.forward`.
+
+        Args:
+            indices: token ids (B, T), int64.
+            sigma: None, which means 0.
+            pattern: any but `BLOCK_DIFFUSION`, which is for training.
+            kv_cache, positions, logits_at: as in `DIT.forward`.
+
+        Returns:
+            Logits (B, T, V); with `logits_at` (n_selected, V).
+
+        Raises:
+            ValueError: if there is a sigma.
+        """
+        if sigma is not None:
+            raise ValueError("InferenceDIT: sigma is 0 here; DIT takes others")
+        if positions is None:
+            start = 0 if kv_cache is None else kv_cache.num_tokens
+            positions = torch.arange(start, start + indices.shape[1], device=indices.device)
+        with torch.autocast(indices.device.type, enabled=False):
+            return self._forward(
+                indices,
+                *self._network.rotary_emb(positions),
+                pattern=pattern,
+                kv_cache=kv_cache,
+                logits_at=logits_at,
+            )
+
+    def _forward(
+        self,
+        indices: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        *,
+        pattern: AttentionPattern,
+        kv_cache: KVCache | None,
+        logits_at: Tensor | None,
+    ) -> Tensor:
+        x = self._network.vocab_embed(indices).float()
+        last = len(self.blocks) - 1
+        for layer, block in enumerate(self.blocks):
+            heads = block.attention(
+                x, config=self.config,
+                cos=cos, sin=sin, pattern=pattern, layer=layer, kv_cache=kv_cache,
+            )  # fmt: skip
+            if layer == last and logits_at is not None:
+                x, heads = x[logits_at], heads[logits_at]  # (n_selected, D)
+            x = block.add(x, heads)
+        return self.head(self.norm_final(x, dtype=self.dtype))
+
+    def make_cache(self, batch_size: int, *, capacity: int) -> KVCache:
+        """An empty cache for this network."""
+        return self._network.make_cache(batch_size, capacity=capacity, dtype=self.dtype)

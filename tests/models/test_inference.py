@@ -1,0 +1,115 @@
+"""The network as samplers run it, beside the network itself."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from models.attention import attend
+from models.inference import InferenceDIT, cast_matrices
+from models.masks import AttentionPattern
+from tests.references import random_tokens, small_dit
+
+P = AttentionPattern
+
+
+def passes(network, *, pattern, dtype=torch.float32):
+    """Logits of three cached passes of 4 tokens, the first of them over two blocks."""
+    tokens = random_tokens(2, 16)
+    at = torch.zeros(2, 4, dtype=torch.bool)
+    at[0, 1] = at[0, 3] = at[1, 0] = True
+    with torch.no_grad(), torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        cache = network.make_cache(2, capacity=16)
+        logits = [network(tokens[:, :8], pattern=pattern, kv_cache=cache).flatten(0, 1)]
+        cache.commit(8)
+        logits.append(network(tokens[:, 8:12], pattern=pattern, kv_cache=cache, logits_at=at))
+        cache.commit(4)
+        logits.append(network(tokens[:, 12:], pattern=pattern, kv_cache=cache, logits_at=at))
+    return torch.cat(logits).float()
+
+
+@pytest.mark.parametrize("pattern", [P.FULL, P.BLOCK_CAUSAL, P.CAUSAL])
+@pytest.mark.parametrize("adaln", [True, False])
+@pytest.mark.parametrize("logits_at", [False, True])
+def test_equals_the_network(pattern, adaln, logits_at):
+    """Folded modulations and skipped positions change nothing but the last bits."""
+    network = small_dit(block_size=4, adaln=adaln)
+    tokens = random_tokens(3, 12)
+    at = None
+    if logits_at:
+        at = torch.rand(3, 12, generator=torch.Generator().manual_seed(1)) < 0.3
+    with torch.no_grad():
+        expected = network(tokens, pattern=pattern, logits_at=at)
+    found = InferenceDIT(network)(tokens, pattern=pattern, logits_at=at)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("pattern", [P.BLOCK_CAUSAL, P.CAUSAL])
+def test_cached_passes_equal_the_network(pattern):
+    network = small_dit(block_size=4)
+    expected = passes(network, pattern=pattern)
+    torch.testing.assert_close(
+        passes(InferenceDIT(network), pattern=pattern), expected, rtol=1e-5, atol=1e-5
+    )
+
+
+def test_bf16_is_as_near_to_float32_as_autocast_is():
+    """The rounding differs in places, its size does not."""
+    network = small_dit(block_size=4)
+    exact = passes(network, pattern=P.BLOCK_CAUSAL)
+    rounded = passes(network, pattern=P.BLOCK_CAUSAL, dtype=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fast = InferenceDIT(network)
+    found = passes(fast, pattern=P.BLOCK_CAUSAL, dtype=torch.bfloat16)
+    assert (found - exact).square().mean() < 1.2 * (rounded - exact).square().mean()
+    assert (found - exact).abs().max() > 0  # bf16 it is
+
+
+def test_cast_matrices_changes_nothing_under_autocast():
+    """Every linear layer is bf16 then; what stays float32 is float32 under autocast too."""
+    network = small_dit(block_size=4)
+    expected = passes(network, pattern=P.BLOCK_CAUSAL, dtype=torch.bfloat16)
+    cast = copy.deepcopy(network)
+    cast_matrices(cast, torch.bfloat16)
+    assert torch.equal(passes(cast, pattern=P.BLOCK_CAUSAL, dtype=torch.bfloat16), expected)
+    halves = {m.weight.dtype for m in cast.modules() if isinstance(m, nn.Linear)}
+    assert halves == {torch.bfloat16}
+    assert cast.vocab_embed.embedding.dtype == cast.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def test_weights_of_the_right_precision_are_shared():
+    network = small_dit(block_size=4)
+    fast = InferenceDIT(network)
+    assert fast.blocks[0].up.weight.data_ptr() == network.blocks[0].mlp[0].weight.data_ptr()
+    assert fast.head.weight.data_ptr() == network.output_layer.linear.weight.data_ptr()
+
+
+def test_refuses_a_noise_level():
+    with pytest.raises(ValueError, match="sigma is 0"):
+        InferenceDIT(small_dit())(random_tokens(1, 4), torch.ones(1), pattern=P.FULL)
+
+
+def test_no_dropout():
+    """A network in training mode still samples without dropout."""
+    network = small_dit(dropout=0.5).eval()
+    tokens = random_tokens(1, 8)
+    with torch.no_grad():
+        expected = network(tokens, pattern=P.FULL)
+    network.train()
+    torch.testing.assert_close(
+        InferenceDIT(network)(tokens, pattern=P.FULL), expected, rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("kv_len", [40, 300, 1008])
+def test_few_queries_equal_sdpa(kv_len):
+    """The CPU's own form for a block against a long cache, in the rounding of bf16."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 16, generator=g) for n in (8, kv_len, kv_len))
+    exact = nn.functional.scaled_dot_product_attention(q, k, v)
+    half = [x.bfloat16() for x in (q, k, v)]
+    how = {"pattern": P.FULL, "block_size": 8, "backend": "sdpa"}
+    with torch.no_grad():
+        found = attend(*half, **how)
+    assert (found - exact).abs().max() < 0.03 * exact.abs().max()
