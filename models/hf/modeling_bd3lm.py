@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,8 @@ class BD3LM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "backbone"
     _supports_sdpa = True
     _no_split_modules = ["DITBlock"]
+    # Angles and the range of t have more digits than half precision.
+    _keep_in_fp32_modules_strict = ["rotary_emb", "sampling_eps_min", "sampling_eps_max"]
     # The range of t is no part of every published file.
     _keys_to_ignore_on_load_missing = ["sampling_eps_"]
     _keys_to_ignore_on_load_unexpected = ["sampling_eps_"]
@@ -124,6 +127,12 @@ class BD3LM(PreTrainedModel, GenerationMixin):
             time_conditioning=config.time_conditioning,
         )
 
+    def _precision(self) -> AbstractContextManager:
+        """Weights in half precision meet activations in float32, behind norms: autocast casts."""
+        if self.dtype is torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
     def _check_ids(self, *names: str) -> None:
         for name in names:
             if getattr(self.config, name) is None:
@@ -176,7 +185,8 @@ class BD3LM(PreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self._nelbo(input_ids, labels, attention_mask=attention_mask, seed=seed)
         hidden_states: list[Tensor] = []
-        with torch.set_grad_enabled(torch.is_grad_enabled() and labels is None):
+        is_recorded = torch.is_grad_enabled() and labels is None  # the loss has its own passes
+        with torch.set_grad_enabled(is_recorded), self._precision():
             logits = self._logits(
                 input_ids,
                 timesteps,
@@ -232,15 +242,17 @@ class BD3LM(PreTrainedModel, GenerationMixin):
         x_0 = labels.where(has_loss, input_ids)
         if attention_mask is not None:
             has_loss = has_loss & attention_mask.bool()
-        return nelbo(
-            self.denoiser,
-            x_0,
-            has_loss=has_loss,
-            noise=self.noise,
-            block_size=self.config.block_size,
-            pattern=self._pattern(),
-            generator=None if seed is None else torch.Generator(x_0.device).manual_seed(seed),
-        )
+        generator = None if seed is None else torch.Generator(x_0.device).manual_seed(seed)
+        with self._precision():
+            return nelbo(
+                self.denoiser,
+                x_0,
+                has_loss=has_loss,
+                noise=self.noise,
+                block_size=self.config.block_size,
+                pattern=self._pattern(),
+                generator=generator,
+            )
 
     # --- sampling --------------------------------------------------------------------------------
 
@@ -302,9 +314,11 @@ class BD3LM(PreTrainedModel, GenerationMixin):
         was_training = self.training
         self.eval()
         try:
-            output = draw_rows(
-                sampler, self.denoiser, canvas, seed=seed, limits=limits, max_retries=max_retries
-            )
+            with self._precision():
+                output = draw_rows(
+                    sampler, self.denoiser, canvas,
+                    seed=seed, limits=limits, max_retries=max_retries,
+                )  # fmt: skip
         finally:
             self.train(was_training)
         return output if return_dict_in_generate else output.tokens[:, : int(limits.max())]

@@ -220,6 +220,21 @@ def test_rows_that_do_not_fit():
         model(ids, labels=ids)
 
 
+def test_half_precision(build, tmp_path):
+    """Weights in bfloat16: the same up to rounding; angles and the range keep their digits."""
+    _, model = build("bd3lm", "training.sampling_eps_min=0.3")
+    x = next(iter(batches(1)))["input_ids"]
+    model.save_pretrained(tmp_path / "saved")
+    half = BD3LM.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16)
+    assert half.dtype is torch.bfloat16
+    assert torch.equal(half.backbone.rotary_emb.inv_freq, model.backbone.rotary_emb.inv_freq)
+    assert half.sampling_eps_min == model.sampling_eps_min
+    expected, found = model(x, labels=x, seed=1), half(x, labels=x, seed=1)
+    torch.testing.assert_close(found.logits.float(), expected.logits, atol=0.05, rtol=0)
+    torch.testing.assert_close(found.loss, expected.loss, atol=0.05, rtol=0)
+    assert half.generate(num_samples=2, kv_cache=True).shape == (2, 16)
+
+
 # --- sampling -------------------------------------------------------------------------------------
 
 OPTIONS = {
