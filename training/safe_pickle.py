@@ -204,7 +204,7 @@ class SafePickleReader:
         name = function.name if isinstance(function, Name) else None
         if name == "collections.defaultdict":
             made: Any = {}  # its items follow; the factory is not kept
-        elif name in _CONTAINERS:
+        elif name in _CONTAINERS and all(type(items) in (list, tuple) for items in arguments):
             made = self._container(_CONTAINERS[name], *arguments)
         elif name in self.makers:
             made = self.makers[name](*arguments)
@@ -212,9 +212,7 @@ class SafePickleReader:
             made = Placeholder(function, arguments)
         self.stack.append(made)
 
-    def _container(self, kind: type, items: Any = ()) -> Any:
-        if not isinstance(items, list | tuple):
-            raise TypeError(f"a {kind.__name__} of a {type(items).__name__}")
+    def _container(self, kind: type, items: list | tuple = ()) -> Any:
         self.copies_left -= len(items)
         if self.copies_left < 0:
             raise ValueError("the pickle copies one container over and over")
