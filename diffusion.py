@@ -242,8 +242,6 @@ class Diffusion(L.LightningModule):
             for interval, losses_of in losses.items():
                 per_block = losses_of.unflatten(1, (-1, self.block_size)).mean(dim=-1)
                 self.clip_search.update(interval, per_block, batch_idx=batch_idx)
-        if batch_idx + 1 == self._extra_passes.start:
-            self._keep_pace(x_0)
 
     def _searches(self, batch_idx: int) -> bool:
         return self.clip_search is not None and batch_idx < MAX_BATCHES
@@ -254,14 +252,16 @@ class Diffusion(L.LightningModule):
         intervals = dict.fromkeys((self.validation_interval, *candidates))
         return {interval: self.token_losses(x_0, interval=interval) for interval in intervals}
 
-    def _keep_pace(self, x_0: Tensor) -> None:
-        """Computes as often as the process with the most batches, and counts nothing of it.
-
-        With sharded weights every pass gathers them from all processes: one that had no batch any
-        more would leave the others waiting. This comes with the last batch, before metrics meet.
-        """
-        for batch_idx in self._extra_passes:
-            self._validation_losses(x_0, batch_idx=batch_idx)
+    def on_validation_batch_end(
+        self, outputs: None, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        # With sharded weights every pass gathers them from all processes: one that had no batch
+        # any more would leave the others waiting. So it computes as often as the one with the most
+        # and counts nothing of it: here, after callbacks have met and before metrics do.
+        if batch_idx + 1 == self._extra_passes.start:
+            with self.trainer.precision_plugin.val_step_context():
+                for extra in self._extra_passes:
+                    self._validation_losses(batch["input_ids"], batch_idx=extra)
 
     def on_validation_epoch_end(self) -> None:
         if self.clip_search is None:
