@@ -78,8 +78,7 @@ def _few_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     shape = q.shape
     q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (B H, T or S, d)
-    # Keys times queries: the long operand is read as it lies in memory.
-    scores = torch.bmm(k, (q * shape[-1] ** -0.5).transpose(1, 2)).transpose(1, 2)  # (B H, T, S)
+    scores = torch.bmm(q * shape[-1] ** -0.5, k.transpose(1, 2))  # (B H, T, S)
     return torch.bmm(scores.softmax(dim=-1), v).view(shape)
 
 
