@@ -130,14 +130,15 @@ def load_scorer(config: DictConfig, device: torch.device) -> GenerativePerplexit
         return error
 
 
-def sample_eval(config: DictConfig) -> str:
+def sample_eval(config: DictConfig) -> str | None:
     """Sample, print, score and write; a batch is on disk before the next one begins.
 
     Processes (under srun or torchrun) share the batches out; a row does not depend on which of
     them draws it.
 
     Returns:
-        The path of the CSV file in `sampling.logdir`; `samples.jsonl` beside it holds more.
+        The path of the CSV file in `sampling.logdir`; `samples.jsonl` beside it holds more. None:
+        there were fewer batches than processes, and none for this one.
 
     Raises:
         ScorerUnavailableError: after the samples are written, if they could not be scored.
@@ -154,6 +155,7 @@ def sample_eval(config: DictConfig) -> str:
     scorer = load_scorer(config, device)
     logdir = absolute_path(config.sampling.logdir, base=os.getcwd())
     records: list[SampleRecord] = []
+    path = None
     began = time.monotonic()
     for start, batch, output in draw_batches(config, model, tokenizer, rows, options=options):
         fresh = to_records(config, tokenizer, batch, output, first_row=start, scorer=scorer)
