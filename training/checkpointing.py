@@ -39,6 +39,7 @@ class Weights:
         source: where they come from, for messages.
         state_dict: tensors under their checkpoint names (`backbone....`).
         shadow_params: the average, in the order of the parameters.
+        ema_progress: its decay and num_updates, where there are shadow_params.
         block_size: L of block diffusion, where the file says so.
         hub_config: what is known of the model under the names of a Hub config.json, see
             `description.KEYS`; None where the file does not say.
@@ -49,6 +50,7 @@ class Weights:
     shadow_params: list[Tensor] | None = None
     block_size: int | None = None
     hub_config: dict[str, Any] = field(default_factory=lambda: dict.fromkeys(description.KEYS))
+    ema_progress: dict[str, float | int] = field(default_factory=dict)
 
     def without_clipped_range(self) -> "Weights":
         """The same without the clipped range, which fine-tuning takes from its config."""
@@ -150,13 +152,7 @@ def read_weights(source: str) -> Weights:
     return _lightning_weights(source, read_checkpoint(place))
 
 
-def _weights(
-    source: str,
-    tensors: Mapping[str, Any],
-    *,
-    said: dict[str, Any] | None,
-    shadow_params: list[Tensor] | None = None,
-) -> Weights:
+def _weights(source: str, tensors: Mapping[str, Any], *, said: dict[str, Any] | None) -> Weights:
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise ValueError(f"{source}: {name!r} in it is no tensor but {type(tensor).__name__}")
@@ -164,7 +160,7 @@ def _weights(
     hub_config = description.merged(said, description.from_tensors(state_dict), source=source)
     is_block_diffusion = hub_config["algo"] == "bd3lm"
     block_size = hub_config["block_size"] if is_block_diffusion else None
-    return Weights(source, state_dict, shadow_params, block_size, hub_config)
+    return Weights(source, state_dict, block_size=block_size, hub_config=hub_config)
 
 
 def _lightning_weights(source: str, checkpoint: Mapping[str, Any]) -> Weights:
@@ -176,18 +172,15 @@ def _lightning_weights(source: str, checkpoint: Mapping[str, Any]) -> Weights:
     said = None
     if isinstance(config, Mapping):
         said = description.from_run_config(config, vocab_size=None, source=source)
-    shadow_params = _shadow_params(source, checkpoint)
-    return _weights(source, checkpoint["state_dict"], said=said, shadow_params=shadow_params)
-
-
-def _shadow_params(source: str, checkpoint: Mapping[str, Any]) -> list[Tensor] | None:
+    weights = _weights(source, checkpoint["state_dict"], said=said)
     if checkpoint.get("ema") is None:
-        return None
+        return weights
     ema = checkpoint["ema"]
     shadow = ema.get("shadow_params") if isinstance(ema, Mapping) else None
     if not isinstance(shadow, list) or not all(isinstance(tensor, Tensor) for tensor in shadow):
         raise ValueError(f"{source}: its ema has no shadow_params that are a list of tensors")
-    return shadow
+    progress = {key: ema[key] for key in ("decay", "num_updates") if key in ema}
+    return replace(weights, shadow_params=shadow, ema_progress=progress)
 
 
 # --- loading -------------------------------------------------------------------------------------
@@ -209,6 +202,18 @@ def load_weights(
         ValueError: lists the names that do not match, or hold what is no number; the model is
             unchanged.
     """
+    taken, report = matching_weights(model, weights, use_ema=use_ema, allow_missing=allow_missing)
+    model.load_state_dict(taken, strict=False)
+    logger.info("%s", report)
+    for line in report.lines(only=report.differing() - set(OPTIONAL_KEYS)):
+        logger.warning("%s: %s, as eval.allow_missing says", weights.source, line)
+    return report
+
+
+def matching_weights(
+    model: nn.Module, weights: Weights, *, use_ema: bool, allow_missing: Sequence[str] = ()
+) -> tuple[dict[str, Tensor], LoadReport]:
+    """What `load_weights` would load, and its report; the model may be on the meta device."""
     loaded, is_average = dict(weights.state_dict), False
     if use_ema and weights.shadow_params is not None:
         loaded |= named_average(model, weights)
@@ -226,11 +231,7 @@ def load_weights(
         )
     taken = {name: loaded[name] for name in report.matched}
     refuse_non_numbers(taken, source=weights.source)
-    model.load_state_dict(taken, strict=False)
-    logger.info("%s", report)
-    for line in report.lines(only=allowed):
-        logger.warning("%s: %s, as eval.allow_missing says", weights.source, line)
-    return report
+    return taken, report
 
 
 def _compare(

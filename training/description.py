@@ -79,18 +79,47 @@ def from_hub_config(config: Mapping[str, Any], *, source: str) -> dict[str, Any]
         found["adaln"] = True if found["adaln"] is None else found["adaln"]
     if found["algo"] is None:
         found["algo"] = _algo_of_switches(found)
-    if found["parameterization"] is None:
-        found["parameterization"] = PARAMETERIZATIONS.get(found["algo"])
-    return found
+    return completed(found) | {"block_size": found["block_size"]}
 
 
 def _algo_of_switches(found: Mapping[str, Any]) -> str | None:
     """The algorithm where it follows: networks of sedd and of timed mdlm look the same."""
+    if found["parameterization"] in ("ar", "sedd"):
+        return found["parameterization"]
     if found["causal"]:
         return "ar"
     if found["cross_attn"]:
         return "bd3lm"
-    return "mdlm" if found["time_conditioning"] is False else None
+    is_untimed = found["time_conditioning"] is False
+    return "mdlm" if is_untimed or found["parameterization"] == "subs" else None
+
+
+def completed(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The description with the switches that follow from its algorithm."""
+    algo = found["algo"]
+    if algo not in PARAMETERIZATIONS:
+        return dict(found)
+    follows = {
+        "model_type": "bd3lm",
+        "parameterization": PARAMETERIZATIONS[algo],
+        "causal": algo == "ar",
+        "cross_attn": algo == "bd3lm",
+        "time_conditioning": algo == "sedd",
+        "var_min": found["sampling_eps_min"] is not None and algo == "bd3lm",
+    }
+    if algo != "bd3lm":
+        follows["block_size"] = found["model_length"]
+    return dict(found) | {key: value for key, value in follows.items() if found[key] is None}
+
+
+def to_run_config(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a run's configuration that the description knows, nested."""
+    config: dict[str, Any] = {}
+    for name, key in CONFIG_KEYS.items():
+        if found[name] is not None:
+            group, _, leaf = key.rpartition(".")
+            (config.setdefault(group, {}) if group else config)[leaf] = found[name]
+    return config
 
 
 def from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -1,10 +1,63 @@
 """Going on where a run stopped: the newest whole checkpoint, and what Lightning's lacks."""
 
+import re
+import zipfile
+from copy import deepcopy
 from typing import Any
 
+import fsspec
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+
+from utils import get_logger
+
+logger = get_logger(__name__)
+
+
+def newest_whole_checkpoint(directory: str) -> str | None:
+    """The checkpoint to go on from: last.ckpt, or where it is damaged that of the highest step.
+
+    The step in the name counts, `...step.ckpt`, not the time of a file, since clocks are set.
+
+    Returns:
+        A path or URL; None where there is no checkpoint at all.
+
+    Raises:
+        ValueError: there are some, and all are damaged.
+    """
+    fs, name = fsspec.core.url_to_fs(directory)
+    if not fs.exists(name):
+        return None
+    files = [path.rsplit("/", 1)[-1] for path in fs.ls(name, detail=False)]
+    steps = {file: match for file in files if (match := re.search(r"(\d+)\.ckpt$", file))}
+    candidates = sorted(steps, key=lambda file: int(steps[file][1]), reverse=True)
+    candidates = [file for file in files if file == "last.ckpt"] + candidates
+    problems = []
+    for file in candidates:
+        path = f"{directory}/{file}"
+        problem = _damage(path)
+        if problem is None:
+            return path
+        logger.warning("%s is damaged (%s); looking for the one before it", path, problem)
+        problems.append(file)
+    if problems:
+        raise ValueError(
+            f"{directory}: all checkpoints are damaged ({', '.join(problems)}); allowed: "
+            "checkpointing.resume_ckpt_path=FILE for another one, and to start anew "
+            "checkpointing.resume_from_ckpt=false"
+        )
+    return None
+
+
+def _damage(path: str) -> str | None:
+    """What is wrong with a checkpoint file, None where it is whole."""
+    try:
+        with fsspec.open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+            broken = archive.testzip()  # compares the checksum of every member
+    except (OSError, zipfile.BadZipFile) as error:
+        return str(error)
+    return None if broken is None else f"{broken} is not what was written"
 
 
 def validation_is_due(trainer: L.Trainer) -> bool:
@@ -18,42 +71,24 @@ class ResumeState(L.Callback):
 
     - A validation that was due when the checkpoint was written: Lightning skips it, and with it
       the clipped range that it finds.
-    - The position in the data of every process, not of the first alone.
-    - Which step was saved last: a resumed run would save in the midst of gradient accumulation.
+    - The position in the data: of every process, not of the first alone, and without the batch
+      that Lightning has read ahead of a stream.
+    - Batches are counted as this run would have counted them, whatever the number of processes
+      and of batches per step was.
+    - The mean of `train/nll` since the epoch began.
+
+    Args:
+        rows_per_batch: rows that all processes together take at a time.
     """
 
-    def __init__(self):
+    def __init__(self, rows_per_batch: int):
+        self.rows_per_batch = rows_per_batch
         self._validation_is_due = False
+        self._epoch_is_unlogged = False
+        self._is_prolonged = False
+        self._progress: tuple[dict[str, Any], dict[str, Any]] | None = None
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"validation_is_due": self._validation_is_due}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._validation_is_due = state_dict["validation_is_due"]
-
-    def on_save_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        loop = checkpoint["loops"]["fit_loop"]["state_dict"]
-        if trainer.world_size > 1 and "combined_loader" in loop:
-            states = [None] * trainer.world_size
-            torch.distributed.all_gather_object(states, loop["combined_loader"])
-            loop["combined_loader_per_rank"] = states
-
-    def on_load_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        loop = checkpoint["loops"]["fit_loop"]["state_dict"]
-        states = loop.pop("combined_loader_per_rank", [])
-        if len(states) == trainer.world_size:
-            loop["combined_loader"] = states[trainer.global_rank]
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        for callback in trainer.checkpoint_callbacks:
-            if isinstance(callback, ModelCheckpoint):
-                callback._last_global_step_saved = trainer.global_step
-        if self._validation_is_due:
-            self._validate(trainer)
+    # --- saving ----------------------------------------------------------------------------------
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
@@ -64,8 +99,124 @@ class ResumeState(L.Callback):
         if not trainer.sanity_checking:
             self._validation_is_due = False
 
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        fit_loop = trainer.fit_loop
+        unused = len(getattr(fit_loop._data_fetcher, "batches", ()))
+        position = fit_loop._combined_loader.flattened[0].state_dict(unused=unused)
+        positions = [position] * trainer.world_size
+        if trainer.world_size > 1:
+            torch.distributed.all_gather_object(positions, position)
+        with pl_module.train_nll.sync_context():
+            train_nll = [float(getattr(pl_module.train_nll, name)) for name in _NLL_STATES]
+        checkpoint["resume"] = {
+            "validation_is_due": self._validation_is_due,
+            "rows_per_batch": self.rows_per_batch,
+            "positions": positions,
+            "train_nll": train_nll,
+        }
+        checkpoint["loops"]["fit_loop"]["state_dict"].pop("combined_loader")
+
+    # --- resuming --------------------------------------------------------------------------------
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        state = checkpoint.get("resume")
+        loop = checkpoint["loops"]["fit_loop"]
+        if state is None:
+            loop["state_dict"].pop("combined_loader", None)
+            logger.warning("The checkpoint lacks its place in the data: the epoch begins anew")
+            return
+        self._restore_position(trainer, loop, state)
+        self._validation_is_due = state["validation_is_due"]
+        self._epoch_is_unlogged = (
+            loop["epoch_loop.batch_progress"]["is_last_batch"] and state["train_nll"][1] > 0
+        )
+        if trainer.is_global_zero:
+            for name, value in zip(_NLL_STATES, state["train_nll"], strict=True):
+                getattr(pl_module.train_nll, name).fill_(value)
+        self._progress = deepcopy((loop["epoch_progress"], loop["epoch_loop.batch_progress"]))
+        # A training at its end does not even start, and its last validation would be missing.
+        self._is_prolonged = (
+            self._validation_is_due and trainer.max_steps == checkpoint["global_step"]
+        )
+        trainer.fit_loop.epoch_loop.max_steps += self._is_prolonged
+
+    def _restore_position(
+        self, trainer: L.Trainer, loop: dict[str, Any], state: dict[str, Any]
+    ) -> None:
+        positions = state["positions"]
+        if "first_row" in positions[0] or len(positions) == trainer.world_size:
+            own = positions[trainer.global_rank % len(positions)]
+            loop["state_dict"]["combined_loader"] = [own]
+        else:
+            logger.warning(
+                "The checkpoint is of %d processes, this run has %d: a stream has a position per "
+                "process, so it begins its epoch anew",
+                len(positions),
+                trainer.world_size,
+            )
+        _count_anew(loop["epoch_loop.batch_progress"], state["rows_per_batch"], self.rows_per_batch)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        _check_same_step(trainer)
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint):  # it would save amid gradient accumulation
+                callback._last_global_step_saved = trainer.global_step
+        trainer.fit_loop.epoch_loop.max_steps -= self._is_prolonged
+        if self._validation_is_due:
+            self._validate(trainer)
+        if self._epoch_is_unlogged:
+            self._log_epoch(trainer, pl_module)
+
     def _validate(self, trainer: L.Trainer) -> None:
-        """Run the validation that was due, as the training loop does."""
+        """Run the validation that was due, as the training loop does, with its counters."""
+        fit_loop = trainer.fit_loop
+        progress = (fit_loop.epoch_progress, fit_loop.epoch_loop.batch_progress)
+        begun = deepcopy([counters.state_dict() for counters in progress])
+        for counters, state in zip(progress, self._progress, strict=True):
+            counters.load_state_dict(state)
+        fit_loop.epoch_loop.batch_progress.total.completed = self._progress[1]["total"]["ready"]
+        fit_loop.epoch_loop.batch_progress.current.completed = self._progress[1]["current"]["ready"]
         trainer.validating = True
-        trainer.fit_loop.epoch_loop.val_loop.run()
+        fit_loop.epoch_loop.val_loop.run()
         trainer.training = True
+        for counters, state in zip(progress, begun, strict=True):
+            counters.load_state_dict(state)
+
+    def _log_epoch(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The end of an epoch that was complete, but not logged, when the run stopped."""
+        metric = pl_module.train_nll
+        metric._update_count = 1  # or torchmetrics warns that nothing has been added to it
+        epoch = self._progress[0]["current"]["completed"]
+        values = {"train/nll": metric.compute().item(), "epoch": epoch}
+        for run_logger in trainer.loggers:
+            run_logger.log_metrics(values, step=trainer.global_step - 1)
+        metric.reset()
+
+
+_NLL_STATES = ("total", "num_tokens", "num_rows")
+
+
+def _count_anew(progress: dict[str, Any], old_rows: int, new_rows: int) -> None:
+    """Rewrite Lightning's counters of batches of `old_rows` rows to batches of `new_rows`."""
+    for counters in (progress["total"], progress["current"]):
+        batches = counters["ready"]
+        lag = batches - counters["completed"]  # 1 where the batch's last hooks were running
+        batches = batches * old_rows // new_rows
+        counters |= dict.fromkeys(("ready", "started", "processed"), batches)
+        counters["completed"] = batches - lag
+
+
+def _check_same_step(trainer: L.Trainer) -> None:
+    """Every process must have found the same checkpoint, on whatever disk it looked."""
+    steps = [trainer.global_step] * trainer.world_size
+    if trainer.world_size > 1:
+        torch.distributed.all_gather_object(steps, trainer.global_step)
+    if len(set(steps)) > 1:
+        raise ValueError(
+            f"the processes resume from different steps, {steps}: checkpointing.save_dir must be "
+            "one directory that all of them see"
+        )
