@@ -7,6 +7,7 @@ import pytest
 
 LEVELS = {
     "main": 6,
+    "push_to_hf": 5,
     "evaluation": 5,
     "generation": 5,
     "diffusion": 4,
@@ -21,7 +22,7 @@ LEVELS = {
     "resolvers": 1,
     "corpora": 1,
     "models": 1,
-    "seeds": 1,
+    "seeds": 0,
     "utils": 1,
     "metrics": 1,
     "sample_log": 1,
