@@ -16,7 +16,6 @@ import rich.progress
 import torch
 from omegaconf import DictConfig
 from torchdata.stateful_dataloader import StatefulDataLoader
-from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 from transformers import PreTrainedTokenizerBase
 
 from corpora import row_cache, sources, tokenization
@@ -24,7 +23,9 @@ from corpora.local_files import DOCUMENT_MODES
 from corpora.packing import DOCUMENTS_PER_BATCH, RowMaker, Rows, map_in_order
 from corpora.registry import DatasetSpec, get_spec
 from corpora.row_datasets import PackedRows, StreamedRows, share
+from corpora.row_order import RowLoader, RowOrder, SnapshotLoader
 from corpora.sources import Request
+from training.signals import ignore_stop_signals
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +86,9 @@ def get_dataloaders(
     """Returns the training and the validation loader of this rank.
 
     Batches are {input_ids (B, N) int64, attention_mask (B, N) int64}. Training rows are
-    shuffled by `seed` and the epoch, and incomplete batches are dropped. Validation rows come
-    in order, each on exactly one rank, the last batch as large as it turns out.
+    shuffled by `seed` and the epoch, and incomplete global batches are dropped, see `RowOrder`.
+    Validation rows come in order, each on exactly one rank, the last batch as large as it turns
+    out.
 
     Raises:
         ValueError, FileNotFoundError: the configuration or the data is unusable; the message
@@ -107,7 +109,6 @@ def _train_loader(
     """Returns the training loader; see `get_dataloaders`."""
     batch_size = config.loader.batch_size
     spec, request = _request(config, "train")
-    crop_seed = [config.seed, rank] if spec.crops_train else None
     if config.data.streaming:
         documents = spec.load(request)
         rows = StreamedRows(
@@ -118,21 +119,22 @@ def _train_loader(
             seed=config.seed,
             # Ranks whose shares differ in size would wait for each other at the end of an epoch.
             repeat=world_size > 1,
-            crop_seed=crop_seed,
+            crop_seed=(config.seed, rank) if spec.crops_train else None,
         )
-        return _loader(config, rows, batch_size, drop_last=True)
+        return _loader(SnapshotLoader, config, rows, batch_size, drop_last=True)
+    crop_seed = config.seed if spec.crops_train else None
     rows = PackedRows(_rows(config, tokenizer, "train"), crop_seed=crop_seed)
     if len(rows) < batch_size * world_size:
         raise ValueError(_too_few(config, "train", len(rows), batch_size, world_size))
-    sampler = StatefulDistributedSampler(
-        rows,
-        num_replicas=world_size,
+    order = RowOrder(
+        len(rows),
+        batch_size=batch_size,
+        global_batch_size=config.loader.global_batch_size,
         rank=rank,
-        shuffle=True,
+        world_size=world_size,
         seed=config.seed,
-        drop_last=True,
     )
-    return _loader(config, rows, batch_size, sampler=sampler, drop_last=True)
+    return _loader(RowLoader, config, rows, batch_size, sampler=order, drop_last=True)
 
 
 def _valid_loader(
@@ -143,19 +145,25 @@ def _valid_loader(
     rows = PackedRows(_rows(config, tokenizer, "valid"))
     if len(rows) < batch_size * world_size:
         raise ValueError(_too_few(config, "valid", len(rows), batch_size, world_size))
-    return _loader(config, rows, batch_size, sampler=range(rank, len(rows), world_size))
+    share = range(rank, len(rows), world_size)
+    return _loader(SnapshotLoader, config, rows, batch_size, sampler=share)
 
 
 def _loader(
-    config: DictConfig, rows: torch.utils.data.Dataset, batch_size: int, **how: Any
+    kind: type[StatefulDataLoader],
+    config: DictConfig,
+    rows: torch.utils.data.Dataset,
+    batch_size: int,
+    **how: Any,
 ) -> StatefulDataLoader:
     num_workers = config.loader.num_workers
-    return StatefulDataLoader(
+    return kind(
         rows,
         batch_size=batch_size,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=config.loader.pin_memory and torch.cuda.is_available(),
+        worker_init_fn=ignore_stop_signals,
         **how,
     )
 

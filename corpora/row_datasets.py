@@ -1,6 +1,7 @@
 """Rows as torch data sets: prepared ones by index, or made from documents while training."""
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import datasets
@@ -10,6 +11,7 @@ import torch
 
 from corpora.packing import DOCUMENTS_PER_BATCH, RowMaker
 from corpora.row_cache import CachedRows
+from seeds import derive_seed
 
 # A set that lies in memory or on disk is streamed in this many pieces, to be shared out.
 _NUM_SHARDS = 64
@@ -33,34 +35,47 @@ class PackedRows(torch.utils.data.Dataset):
 
     Args:
         rows: (rows, N), or (rows, 2N) where a window is to be cut.
-        crop_seed: cut a random window of half the row; None: give the whole row.
+        crop_seed: cut a random window of half the row; None: give the whole row. The window
+            depends on the seed and the index alone; beyond the last row the rows begin anew with
+            other windows.
     """
 
-    def __init__(self, rows: CachedRows, *, crop_seed: Sequence[int] | None = None):
+    def __init__(self, rows: CachedRows, *, crop_seed: int | None = None):
         self._rows = rows
-        self._crop = None if crop_seed is None else RandomCrop(crop_seed)
+        self._crop_seed = crop_seed
+
+    @property
+    def sha256(self) -> str:
+        """Hash of all token ids, as `CachedRows` has it."""
+        return self._rows.sha256
 
     def __len__(self) -> int:
         return len(self._rows.ids)
 
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        return (self[row] for row in range(len(self)))
+
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return _item(self._rows.ids[index], self._rows.lengths[index], self._crop)
+        row = index % len(self)
+        seed = None if self._crop_seed is None else (self._crop_seed, index)
+        return _item(self._rows.ids[row], self._rows.lengths[row], seed)
 
 
 class StreamedRows(torch.utils.data.IterableDataset):
-    """Rows made while training: tokenize, pack per 1,000 documents, shuffle in a buffer.
+    """Rows made while training: tokenize, pack per 1,000 documents, shuffle block by block.
 
-    The state that a checkpoint holds is the position in the documents; the rows that were
-    waiting in the shuffle buffer are not seen in that epoch any more.
+    Of each block of rows the order is random; while a block is given out the next one is read.
+    The state that a checkpoint holds is where the block began and how many of its rows have been
+    given out, so that a resumed stream reads that block again and goes on with the very next row.
 
     Args:
         documents: this rank's share. Workers share it out by file in turn.
         row_maker: makes the rows of a batch of documents.
         text_column: the documents' column.
-        shuffle_buffer: rows held back to draw from; 0 or 1 keeps the order.
+        shuffle_buffer: rows of a block; 0 or 1 keeps the order, of the files too.
         seed: of the shuffling; the epoch is added to it.
         repeat: start the next epoch instead of ending.
-        crop_seed: as for `PackedRows`.
+        crop_seed: as for `PackedRows`; a stream of its own per rank.
     """
 
     def __init__(
@@ -72,9 +87,9 @@ class StreamedRows(torch.utils.data.IterableDataset):
         shuffle_buffer: int,
         seed: int,
         repeat: bool,
-        crop_seed: Sequence[int] | None = None,
+        crop_seed: tuple[int, ...] | None = None,
     ):
-        rows = documents.select_columns(text_column).map(
+        self._rows = documents.select_columns(text_column).map(
             _columns,
             fn_kwargs={"row_maker": row_maker},
             batched=True,
@@ -82,67 +97,71 @@ class StreamedRows(torch.utils.data.IterableDataset):
             input_columns=[text_column],
             remove_columns=[text_column],
         )
-        if shuffle_buffer > 1:
-            rows = rows.shuffle(seed=seed, buffer_size=shuffle_buffer)
-        self._rows = rows
-        self._epoch = 0
-        self._is_resumed = False
+        self._block_size = max(1, shuffle_buffer)
+        self._seed = seed
         self._repeat = repeat
-        self._crop = None if crop_seed is None else RandomCrop(crop_seed)
+        self._crop_seed = crop_seed
+        self._state: dict[str, Any] = {"epoch": 0, "block": 0, "given": 0, "start": None}
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         worker = torch.utils.data.get_worker_info()
-        is_first_worker = worker is None or worker.id == 0
+        worker_id = 0 if worker is None else worker.id
         while True:
-            self._rows.set_epoch(self._epoch)
-            row = None
-            for row in self._rows:
-                yield _item(row["ids"], row["lengths"], self._crop)
-            was_resumed, self._is_resumed = self._is_resumed, False
-            self._epoch += 1
-            if row is None and was_resumed:  # nothing was left of the epoch that was resumed
-                continue
-            if row is None and is_first_worker:  # the others may have no file of their own
+            is_empty = self._state["block"] == self._state["given"] == 0
+            epoch = self._state["epoch"]
+            for row in self._rest_of_epoch():
+                is_empty = False
+                seed = None
+                if self._crop_seed is not None:
+                    place = (epoch, self._state["block"], self._state["given"])
+                    seed = (*self._crop_seed, worker_id, *place)
+                yield _item(row["ids"], row["lengths"], seed)
+            self._state = {"epoch": epoch + 1, "block": 0, "given": 0, "start": None}
+            if is_empty and worker_id == 0:  # the other workers may have no file of their own
                 raise ValueError(
                     "data.streaming=true: the training documents do not fill one row of "
                     "model.length; allowed: more text, or a shorter model.length"
                 )
-            if row is None or not self._repeat:
+            if is_empty or not self._repeat:
                 return
 
+    def _rest_of_epoch(self) -> Iterator[dict[str, Any]]:
+        """The rows that follow the state, which moves along."""
+        epoch, block, given, start = (self._state[k] for k in ("epoch", "block", "given", "start"))
+        # The order of the files is drawn from this number, but for 0, which leaves it as it is.
+        # `set_epoch` would write it to memory that all workers share, each in its own time.
+        self._rows._epoch = derive_seed(self._seed, epoch) if self._block_size > 1 else epoch
+        if start is not None:
+            self._rows.load_state_dict(start)
+        stream = iter(self._rows)
+        current = list(itertools.islice(stream, self._block_size))
+        while current:
+            next_start = self._rows.state_dict()
+            following = list(itertools.islice(stream, given))
+            order = np.random.default_rng([self._seed, epoch, block]).permutation(len(current))
+            for index in order[given:]:
+                following += itertools.islice(stream, 1)
+                given += 1
+                self._state = {"epoch": epoch, "block": block, "given": given, "start": start}
+                yield current[index]
+            current, start, block, given = following, next_start, block + 1, 0
+
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self._epoch, "rows": self._rows.state_dict()}
+        return self._state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._epoch = state["epoch"]
-        self._rows.load_state_dict(state["rows"])
-        self._is_resumed = True
+        self._state = state
 
 
-class RandomCrop:
-    """Cuts random windows of half the length, with a random stream per rank and worker."""
-
-    def __init__(self, seed: Sequence[int]):
-        self._seed = seed
-        self._random: np.random.Generator | None = None
-
-    def __call__(self, ids: np.ndarray) -> np.ndarray:
-        """ids (2N,) -> (N,)"""
-        if self._random is None:  # made here: the worker that asks is not known any earlier
-            worker = torch.utils.data.get_worker_info()
-            worker_id = 0 if worker is None else worker.id
-            self._random = np.random.default_rng([*self._seed, worker_id])
-        length = len(ids) // 2
-        start = self._random.integers(len(ids) - length + 1)
-        return ids[start : start + length]
-
-
-def _item(ids: np.ndarray, length: int, crop: RandomCrop | None) -> dict[str, torch.Tensor]:
-    """Returns {input_ids (N,), attention_mask (N,)}, int64."""
+def _item(
+    ids: np.ndarray, length: int, crop_seed: tuple[int, ...] | None
+) -> dict[str, torch.Tensor]:
+    """Returns {input_ids (N,), attention_mask (N,)}, int64; with a seed, of a random half."""
     mask = np.arange(len(ids)) < length
-    if crop is not None:  # rows of a running text are full, so every window is
-        ids = crop(ids)
-        mask = mask[: len(ids)]
+    if crop_seed is not None:  # rows of a running text are full, so every window is
+        half = len(ids) // 2
+        start = np.random.default_rng(crop_seed).integers(len(ids) - half + 1)
+        ids, mask = ids[start : start + half], mask[:half]
     return {
         "input_ids": torch.from_numpy(np.asarray(ids, dtype=np.int64)),
         "attention_mask": torch.from_numpy(mask.astype(np.int64)),

@@ -113,14 +113,15 @@ def test_no_documents(local_config, tmp_path: Path, content: str):
 
 
 def test_crop(data_config: Callable[..., DictConfig], tmp_path: Path):
-    """text8-crop: a random window of a row twice as long, another one each time."""
+    """text8-crop: a random window of a row twice as long, another one in each epoch."""
     text = "".join(chr(ord("a") + i % 26) for i in range(20_000))
     (tmp_path / "text8").write_text(text)
     config = data_config("data=text8-crop", f"data.path={tmp_path}/text8")
     tokenizer = get_tokenizer(config)
     train, valid = loaders(config)
     assert len(train.dataset) == 18_000 // 32
-    windows = [train.dataset[0]["input_ids"] for _ in range(20)]
+    epochs = [epoch * len(train.dataset) for epoch in range(20)]
+    windows = [train.dataset[index]["input_ids"] for index in epochs]
     assert all(tokenizer.decode(window) in text[:32] for window in windows)
     assert len({tuple(window.tolist()) for window in windows}) > 5
     assert next(iter(train))["input_ids"].shape == (2, 16)
