@@ -15,7 +15,6 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
@@ -30,7 +29,7 @@ from models.hf import BD3LM, BD3LMConfig
 from models.hf.model_card import model_card, read_results
 from models.hf.modeling_bd3lm import AUTO_MAP
 from training.checkpointing import Weights, load_weights, read_checkpoint, read_weights
-from training.description import plain_config
+from training.description import completed, plain_config
 from training.hub_directory import read_json
 
 # What a network cannot be built without.
@@ -188,12 +187,14 @@ def model_config(
     Raises:
         ValueError: names what the checkpoint does not say, or a vocabulary that does not fit.
     """
-    said: dict[str, Any] = {k: v for k, v in weights.hub_config.items() if v is not None}
+    said = {k: v for k, v in completed(weights.hub_config).items() if v is not None}
     missing = [name for name in NEEDED if name not in said]
     if missing:
         raise ValueError(
-            f"{weights.source} does not say {', '.join(missing)} of its model; a Lightning "
-            "checkpoint does, and a Hub-format directory"
+            f"{weights.source} does not say {', '.join(missing)} of its model; `python -m "
+            f"training.convert {weights.source} DIRECTORY "
+            + " ".join(f"--set {name}=..." for name in missing)
+            + "` makes a directory that does"
         )
     mask_index, vocab_size = mask_index_and_vocab_size(tokenizer)
     if vocab_size != said["vocab_size"]:
@@ -201,16 +202,13 @@ def model_config(
             f"--tokenizer: {vocab_size} ids with the mask, allowed with {weights.source} are "
             f"{said['vocab_size']}; it must be the tokenizer that the model was trained with"
         )
-    algo = said.pop("algo")
-    known = BD3LMConfig().to_dict()
+    known = BD3LMConfig().to_dict().keys() - {"model_type"}
     fields = {name: value for name, value in said.items() if name in known}
     for name in ("sampling_eps_min", "sampling_eps_max"):
         if name in fields:
             fields[name] = round(fields[name], 6)  # float32 in the file
     defaults = {
         "block_size": said["model_length"],
-        "causal": algo == "ar",
-        "cross_attn": algo == "bd3lm",
         "adaln": "backbone.sigma_map.mlp.0.weight" in weights.state_dict,
         "var_min": "sampling_eps_min" in weights.state_dict,
     }
@@ -219,7 +217,6 @@ def model_config(
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
     }
-    fields.pop("model_type", None)
     return BD3LMConfig(**(defaults | fields | ids), noise=noise)
 
 

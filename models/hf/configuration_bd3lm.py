@@ -28,7 +28,8 @@ class BD3LMConfig(PreTrainedConfig):
         time_conditioning: whether the network is told the noise level; otherwise it sees 0.
         var_min: the range of t was searched for, and is stored with the weights.
         sampling_eps_min, sampling_eps_max: that range as training began.
-        parameterization: subs, sedd or ar; by default ar where `causal`, else subs.
+        parameterization: subs, sedd or ar. None: what follows from the switches, if anything does;
+            without it there are logits alone.
         noise: the schedule, see `noise_schedule.py`.
         mask_index: id of the mask token.
         bos_token_id, eos_token_id: of the rows the model was trained on.
@@ -67,8 +68,10 @@ class BD3LMConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any):
         """Fills in what depends on other fields."""
-        if self.parameterization is None:
-            self.parameterization = "ar" if self.causal else "subs"
+        if self.parameterization is None and self.causal:
+            self.parameterization = "ar"
+        elif self.parameterization is None and (self.cross_attn or not self.time_conditioning):
+            self.parameterization = "subs"
         if self.vocab_size == GPT2_VOCAB_SIZE + 1:
             defaults = {"mask_index": GPT2_VOCAB_SIZE, "bos_token_id": GPT2_EOS,
                         "eos_token_id": GPT2_EOS}  # fmt: skip

@@ -59,7 +59,7 @@ class BD3LM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: BD3LMConfig):
         super().__init__(config)
-        if config.parameterization not in SAMPLERS:
+        if config.parameterization not in (None, *SAMPLERS):
             raise ValueError(
                 f"parameterization={config.parameterization}: allowed are {', '.join(SAMPLERS)}"
             )
@@ -133,12 +133,12 @@ class BD3LM(PreTrainedModel, GenerationMixin):
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
-    def _check_ids(self, *names: str) -> None:
+    def _check_known(self, *names: str) -> None:
         for name in names:
             if getattr(self.config, name) is None:
                 raise ValueError(
                     f"{name}: config.json of this model does not say it; set model.config.{name} "
-                    "to the id that the model was trained with"
+                    "to what the model was trained with"
                 )
 
     # --- logits and losses -----------------------------------------------------------------------
@@ -237,7 +237,12 @@ class BD3LM(PreTrainedModel, GenerationMixin):
     def _nelbo(
         self, input_ids: Tensor, labels: Tensor, *, attention_mask: Tensor | None, seed: int | None
     ) -> Tensor:
-        self._check_ids("mask_index")
+        self._check_known("parameterization", "mask_index")
+        if labels.shape != input_ids.shape:
+            raise ValueError(
+                f"labels of shape {tuple(labels.shape)}: allowed is that of input_ids, "
+                f"{tuple(input_ids.shape)}; the loss needs no [x_t ; x_0]"
+            )
         has_loss = labels != -100
         x_0 = labels.where(has_loss, input_ids)
         if attention_mask is not None:
@@ -290,7 +295,7 @@ class BD3LM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: names the argument, its value and what is allowed.
         """
-        self._check_ids("mask_index", "bos_token_id", "eos_token_id")
+        self._check_known("parameterization", "mask_index", "bos_token_id", "eos_token_id")
         config = self.config
         settings = self._sampling_options(options)
         if input_ids is None:

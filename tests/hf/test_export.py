@@ -1,9 +1,11 @@
 """A saved model loads with transformers alone: without this project, from any folder."""
 
 import ast
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -60,6 +62,9 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
     )
     assert model.generate(**prompts, max_new_tokens=3, **options).shape == (1, 9)
     print(folder.name, "ok")
+from_hub = AutoModelForMaskedLM.from_pretrained("me/mine", trust_remote_code=True)
+assert ".me.mine." in type(from_hub).__module__
+print(from_hub.generate(seed=2).tolist())
 """
 
 
@@ -71,6 +76,15 @@ def outside(command: list[str], *, cwd, home) -> subprocess.CompletedProcess:
         [sys.executable, "-P", *command], cwd=cwd, env=environment, stdin=subprocess.DEVNULL,
         capture_output=True, text=True,
     )
+
+
+def in_cache(model: BD3LM, *, home: Path) -> BD3LM:
+    """Saves a model as if it had been downloaded as me/mine; returns it as it was saved."""
+    repository, commit = home / "hub/models--me--mine", "0" * 40
+    model.save_pretrained(repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(commit)
+    return BD3LM.from_pretrained(repository / "snapshots" / commit)
 
 
 def test_third_party_loads_saved_models(compose, tmp_path):
@@ -89,9 +103,13 @@ def test_third_party_loads_saved_models(compose, tmp_path):
         tokens = model.generate(num_samples=2, seed=4, **options)
         expected = {"x": x, "logits": output.logits, "loss": output.loss, "tokens": tokens}
         save_file(expected, saved / algo / "expected.safetensors")
-    run = outside(["-c", SCRIPT, str(saved)], cwd=tmp_path, home=tmp_path / "home")
+    home = tmp_path / "home"
+    downloaded = in_cache(tiny(), home=home)
+    run = outside(["-c", SCRIPT, str(saved)], cwd=tmp_path, home=home)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.split() == [word for algo in sorted(ALGOS) for word in (algo, "ok")]
+    *lines, from_hub = run.stdout.splitlines()
+    assert lines == [f"{algo} ok" for algo in sorted(ALGOS)]
+    assert json.loads(from_hub) == downloaded.generate(seed=2).tolist()
     for algo in ALGOS:
         files = list((saved / algo / "again").iterdir())
         assert len(files) > 20

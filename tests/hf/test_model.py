@@ -88,6 +88,15 @@ def test_ids_of_gpt2_are_known_and_others_asked_for():
             call()
 
 
+def test_sedd_and_timed_mdlm_are_told_apart_or_asked_for():
+    """Their networks look the same: samples of the wrong one are garbage."""
+    model = tiny(cross_attn=False, time_conditioning=True)
+    with pytest.raises(ValueError, match="parameterization: config.json"):
+        model.generate(num_steps=2)
+    model.config.parameterization = "sedd"
+    assert model.generate(num_steps=2).shape == (1, 8)
+
+
 def test_unknown_parameterization():
     with pytest.raises(ValueError, match="parameterization=x: allowed are subs, sedd, ar"):
         tiny(parameterization="x")
@@ -218,6 +227,8 @@ def test_rows_that_do_not_fit():
     ids = torch.zeros(1, 6, dtype=torch.int64)
     with pytest.raises(ValueError, match="labels: rows of 6 tokens, .* block_size=4"):
         model(ids, labels=ids)
+    with pytest.raises(ValueError, match=r"labels of shape \(1, 4\): .*\(1, 8\)"):
+        model(torch.zeros(1, 8, dtype=torch.int64), labels=ids[:, :4])
 
 
 def test_half_precision(build, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import httpx
@@ -16,11 +17,16 @@ from transformers import AutoTokenizer
 
 import push_to_hf
 from corpora.tokenization import load_tokenizer
+from diffusion import Diffusion
 from models.hf import BD3LM
+from tests.conftest import PROJECT
 from tests.hf.test_export import outside
 from tests.hf.twins import twins
 from tests.parity.rows import load_golden
+from tests.references import generator
 from tests.small_run import ALGOS
+from training.checkpointing import load_weights, read_weights
+from training.convert import convert
 
 RESULTS = {
     "val/nll": 3.25, "val/ppl": 25.79, "val/bpd": 4.689, "num_tokens": 123456, "num_rows": 121,
@@ -124,6 +130,33 @@ def test_an_exported_directory_can_be_published_again(checkpoint, tmp_path):
     push(tmp_path / "one", "me/m", "--dry-run", tmp_path / "two")
     for name in ("config.json", "model.safetensors", "tokenizer.json", "modeling_bd3lm.py"):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+@pytest.mark.parametrize("algo", ALGOS)
+def test_round_trip_to_the_lightning_module(algo, checkpoint, compose, tmp_path):
+    """Ours -> Hub -> ours, and through `training.convert`: bit for bit."""
+    path, module = checkpoint(algo)
+    push(path, "me/m", "--raw", "--dry-run", tmp_path / "out")
+    convert(str(tmp_path / "out"), tmp_path / "again.ckpt", to="lightning")
+    convert(str(tmp_path / "again.ckpt"), tmp_path / "hub", to="hub", which="raw")
+    for source in (tmp_path / "out", tmp_path / "again.ckpt", tmp_path / "hub"):
+        other = Diffusion(module.config, load_tokenizer("text8"))
+        load_weights(other, read_weights(str(source)), use_ema=False)
+        found, expected = other.state_dict(), module.state_dict()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    converted = BD3LM.from_pretrained(tmp_path / "hub")
+    exported = BD3LM.from_pretrained(tmp_path / "out")
+    x = torch.randint(8, 35, (2, 16), generator=generator(0))
+    assert torch.equal(converted(x).logits, exported(x).logits)
+
+
+def test_readme_s_commands_parse():
+    """Flags of every `python push_to_hf.py` in the README."""
+    text = (PROJECT / "README.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^python push_to_hf.py (.*)", text, flags=re.MULTILINE)
+    assert len(commands) >= 2
+    for command in commands:
+        assert push_to_hf.parse(shlex.split(command)).repo_id == "OWNER/NAME"
 
 
 def test_tensors_alone_do_not_say_enough(checkpoint, tmp_path, capsys):
