@@ -57,6 +57,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "algo.sampler": ("ar", "semi_ar", "analytic"),
     "noise.type": ("loglinear", "square", "square_root", "log", "cosine"),
     "model.attn_backend": ("flash_attn", "auto", "flex", "sdpa"),
+    "logger.name": ("wandb", "tensorboard", "csv"),
     "trainer.accelerator": ("auto", "cpu", "cuda", "gpu"),
 }
 
@@ -107,6 +108,7 @@ _FLAGS = (
     "sampling.kv_cache",
     "sampling.stop_on_eos",
     "eval.any_block_size",
+    "sampling.compile",
     "sampling.live",
     "training.antithetic_sampling",
     "training.resample",
@@ -371,6 +373,11 @@ def _kv_cache(config: DictConfig) -> Problems:
         yield (
             "sampling.kv_cache",
             f"allowed with algo.name={name} is False: later tokens change its keys and values",
+        )
+    if config["sampling"]["compile"] and not config["sampling"]["kv_cache"]:
+        yield (
+            "sampling.compile",
+            "allowed with sampling.kv_cache=false is False: passes over a cache are compiled",
         )
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import hydra
 import lightning as L
-from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
-from configuration import ignored_key_warnings, validate
+from configuration import config_hash, ignored_key_warnings, validate
 from dataloader import get_dataloaders, get_tokenizer
 from diffusion import Diffusion, new_model
 from evaluation import ppl_eval
@@ -19,8 +19,12 @@ from resolvers import register_resolvers, world_size
 from training.callbacks import EMACallback, LastCheckpoint, ProgressBar
 from training.checkpoint_io import AtomicCheckpointIO
 from training.checkpointing import load_weights, read_weights
+from training.loggers import build_loggers
+from training.manifest import RunManifest
+from training.nan_guard import NanGuard
 from training.resume import ResumeState, newest_whole_checkpoint
 from training.signals import Interrupted, StopOnSignal, StopSignals
+from training.throughput import Throughput
 from utils import (
     absolute_path,
     file_exists,
@@ -66,28 +70,6 @@ def make_paths_absolute(config: DictConfig, *, launch_dir: str) -> None:
             OmegaConf.update(config, key, path)
 
 
-def build_loggers(config: DictConfig) -> list[Logger]:
-    """A CSV file always; Weights & Biases unless `wandb=null`."""
-    loggers: list[Logger] = [CSVLogger(os.getcwd(), name="metrics")]
-    if config.wandb is not None:
-        loggers.append(WandbLogger(**wandb_arguments(config)))
-    return loggers
-
-
-def wandb_arguments(config: DictConfig) -> dict:
-    """The section `wandb` and the configuration; offline where no API key is known."""
-    import wandb
-
-    arguments = OmegaConf.to_container(config.wandb, resolve=True)
-    arguments["config"] = OmegaConf.to_container(config, resolve=True)
-    is_decided = "offline" in arguments or "WANDB_MODE" in os.environ
-    if not is_decided and not wandb.login(prompt=False, verify=False):
-        logger.warning("wandb: no API key, logging offline (`wandb login`, or wandb=null for none)")
-        # `mode` too: asking for the key has fixed wandb's settings, which `offline` would go by.
-        arguments |= {"offline": True, "mode": "offline"}
-    return arguments
-
-
 def build_trainer(config: DictConfig, *, signals: StopSignals | None = None) -> L.Trainer:
     """The Lightning trainer of `trainer`, `strategy` and `callbacks`.
 
@@ -103,6 +85,12 @@ def build_trainer(config: DictConfig, *, signals: StopSignals | None = None) -> 
         if config.training.ema > 0:
             callbacks.append(EMACallback(config.training.ema))
         last = LastCheckpoint()
+        save_dir = config.checkpointing.save_dir
+        manifest = RunManifest(
+            f"{save_dir}/manifest.json", config, config_hash=config_hash(config)
+        )
+        callbacks += [NanGuard(save_dir), Throughput(), manifest]
+        # The last one: a validation that was due is made up for when all others have begun.
         rows_per_batch = config.loader.batch_size * world_size(config.trainer)
         callbacks += [ResumeState(rows_per_batch), last, StopOnSignal(signals, last)]
         loggers = build_loggers(config)

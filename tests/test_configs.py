@@ -36,6 +36,7 @@ GROUPS = {
     "noise": ["cosine", "log", "loglinear", "square", "square_root"],
     "lr_scheduler": ["constant", "constant_warmup", "cosine_decay_warmup"],
     "strategy": ["ddp", "fsdp"],
+    "logger": ["csv", "tensorboard", "wandb"],
     "callbacks": ["checkpoint_every_n_steps", "checkpoint_monitor", "learning_rate_monitor"],
     "experiment": ["quickstart"],
 }

@@ -5,9 +5,6 @@ import subprocess
 import sys
 
 import pytest
-import wandb
-from lightning.pytorch.loggers import CSVLogger
-from omegaconf import OmegaConf
 
 import main
 from tests.small_run import overrides, write_text
@@ -93,63 +90,6 @@ def test_keys_without_effect_are_reported(compose, tmp_path, monkeypatch, caplog
     warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert len(warnings) == 2
     assert any("training.coeff_clip=2.0 has no effect" in text for text in warnings)
-
-
-# --- loggers ---------------------------------------------------------------------------------
-
-
-class FakeWandbLogger:
-    def __init__(self, **arguments):
-        self.arguments = arguments
-
-
-@pytest.fixture
-def wandb_arguments(compose, tmp_path, monkeypatch):
-    """The arguments of the W&B logger for overrides, with or without a key on this machine."""
-    monkeypatch.setattr(main, "WandbLogger", FakeWandbLogger)
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-
-    def build(*changes: str, has_key: bool) -> dict:
-        monkeypatch.setattr(wandb, "login", lambda **kwargs: has_key)
-        settings = [o for o in overrides(tmp_path, *changes) if o != "wandb=null"]
-        _, logger = main.build_loggers(compose(settings))
-        return logger.arguments
-
-    return build
-
-
-def test_no_wandb(compose, tmp_path):
-    loggers = main.build_loggers(compose(overrides(tmp_path, "wandb=null")))
-    assert [type(logger) for logger in loggers] == [CSVLogger]
-
-
-def test_wandb_without_a_key_is_offline_and_says_so(wandb_arguments, caplog):
-    arguments = wandb_arguments("algo=mdlm", has_key=False)
-    assert arguments["offline"] is True
-    assert "no API key, logging offline" in caplog.text
-    assert arguments["project"] == "BD3-LMs" and arguments["config"]["algo"]["name"] == "mdlm"
-    assert arguments["tags"] == ["loglinear", "local", "local"]
-
-
-def test_wandb_with_a_key_is_online(wandb_arguments, caplog):
-    assert "offline" not in wandb_arguments(has_key=True)
-    assert "offline" not in caplog.text
-
-
-def test_wandb_keeps_what_the_user_decided(wandb_arguments, monkeypatch):
-    assert wandb_arguments("+wandb.offline=false", has_key=False)["offline"] is False
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert "offline" not in wandb_arguments(has_key=False)
-
-
-def test_the_installed_wandb_tells_whether_it_has_a_key(monkeypatch, tmp_path):
-    """wandb 0.31 has no `Api.api_key`: asking for it ended every run of the default logger."""
-    for name in ("WANDB_API_KEY", "WANDB_MODE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    config = OmegaConf.create({"wandb": {"project": "p"}})
-    assert main.wandb_arguments(config)["offline"] is True
 
 
 # --- trainer ---------------------------------------------------------------------------------

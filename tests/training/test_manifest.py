@@ -1,0 +1,123 @@
+"""The manifest of a run, and its throughput in the log."""
+
+import json
+import subprocess
+
+import pytest
+import torch
+
+import main
+from corpora.row_cache import CachedRows
+from corpora.row_datasets import PackedRows
+from tests.small_module import batches, module, trainer
+from tests.small_run import ALGOS, overrides, write_text
+from training import manifest
+from training.throughput import Throughput
+
+
+@pytest.fixture
+def start(compose, tmp_path, monkeypatch):
+    """Starts main in `tmp_path/run` and returns the manifest."""
+    write_text(tmp_path)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+
+    def run(*changes: str) -> dict:
+        main.run(compose(overrides(tmp_path, *ALGOS["ar"], *changes)), launch_dir=str(tmp_path))
+        return json.loads((folder / "manifest.json").read_text())
+
+    return run
+
+
+def test_the_manifest_tells_what_a_run_was_made_of(start, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    first = start("trainer.max_steps=2")
+    assert first["versions"]["torch"] == torch.__version__
+    assert first["config"]["trainer"]["max_steps"] == 2 and first["world_size"] == 1
+    assert first["git_commit"] == manifest.git_commit()
+    rows = first["data"]
+    assert rows["train"]["rows"] > rows["valid"]["rows"] > 0
+    assert len(rows["train"]["sha256"]) == 64 and rows["train"] != rows["valid"]
+    (only,) = first["history"]
+    assert (only["step"], only["slurm_job"], only["config_hash"]) == (0, "17", first["config_hash"])
+
+
+def test_each_start_adds_to_the_history(start):
+    """The run is resumed in its directory; what changed between two starts shows."""
+    start("trainer.max_steps=2")
+    second = start("trainer.max_steps=4")
+    assert [entry["step"] for entry in second["history"]] == [0, 2]
+    before, after = second["history"]
+    assert before["config_hash"] != after["config_hash"] == second["config_hash"]
+    assert second["config"]["trainer"]["max_steps"] == 4
+
+
+def test_the_commit_of_a_checkout(tmp_path, monkeypatch):
+    """A changed file makes it `-dirty`; outside a checkout there is none."""
+    monkeypatch.setattr(manifest, "__file__", str(tmp_path / "training/manifest.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert manifest.git_commit() is None
+    git = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b.invalid"]
+    (tmp_path / "file").write_text("one")
+    for arguments in (["init", "-q"], ["add", "file"], ["commit", "-q", "-m", "first"]):
+        subprocess.run([*git, *arguments], check=True)
+    commit = manifest.git_commit()
+    assert len(commit) == 40
+    (tmp_path / "file").write_text("two")
+    assert manifest.git_commit() == f"{commit}-dirty"
+
+
+def test_throughput_leaves_validation_out(compose, tmp_path, monkeypatch):
+    """A clock that ticks 1 s in each step and 100 s in each validation."""
+    clock = [0.0]
+    monkeypatch.setattr("training.throughput.time.perf_counter", lambda: clock[0])
+    model = module(compose, tmp_path, *ALGOS["ar"])
+
+    def tick(hook, seconds):
+        original = getattr(model, hook)
+
+        def ticking(*args):
+            clock[0] += seconds
+            return original(*args)
+
+        monkeypatch.setattr(model, hook, ticking)
+
+    tick("training_step", 1.0)
+    tick("validation_step", 100.0)
+    run, memory = trainer(
+        tmp_path, callbacks=[Throughput()], steps=8, log_every_n_steps=2, val_check_interval=3,
+        accumulate_grad_batches=1,
+    )  # fmt: skip
+    run.fit(model, batches(8), batches(1, seed=1))
+    assert memory.values("trainer/steps_per_second") == pytest.approx([1.0] * 4)
+    assert memory.values("trainer/tokens_per_second") == pytest.approx([4 * 16.0] * 4)
+
+
+def test_throughput_counts_optimizer_steps(compose, tmp_path, monkeypatch):
+    """With accumulation a step has more tokens; the last two batches were logged as one step."""
+    clock = [0.0]
+    monkeypatch.setattr("training.throughput.time.perf_counter", lambda: clock[0])
+    model = module(compose, tmp_path, *ALGOS["ar"])
+    step = model.training_step
+
+    def ticking(*args):
+        clock[0] += 1.0
+        return step(*args)
+
+    monkeypatch.setattr(model, "training_step", ticking)
+    run, memory = trainer(
+        tmp_path, callbacks=[Throughput()], steps=4, log_every_n_steps=2, val_check_interval=100,
+        accumulate_grad_batches=2,
+    )  # fmt: skip
+    run.fit(model, batches(8), batches(1, seed=1))
+    assert memory.values("trainer/steps_per_second") == pytest.approx([0.5] * 2)
+    assert memory.values("trainer/tokens_per_second") == pytest.approx([4 * 16.0] * 2)
+
+
+def test_a_stream_has_no_hash():
+    rows = CachedRows(ids=torch.zeros(2, 4).numpy(), lengths=torch.zeros(2).numpy(), sha256="ab")
+    loader = torch.utils.data.DataLoader(PackedRows(rows))
+    assert manifest.describe_rows(loader) == {"rows": 2, "sha256": "ab"}
+    assert manifest.describe_rows(torch.utils.data.DataLoader([1])) is None
+    assert manifest.describe_rows(None) is None

@@ -1,0 +1,63 @@
+"""Where a training's numbers go: a CSV file always, and Weights & Biases or TensorBoard."""
+
+import os
+import uuid
+
+import fsspec
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+
+from utils import file_exists, get_logger, write_text
+
+logger = get_logger(__name__)
+
+
+def build_loggers(config: DictConfig) -> list[Logger]:
+    """The CSV file, and what `logger` asks for; `wandb=null` leaves out Weights & Biases.
+
+    Args:
+        config: the composed configuration; the working directory is the run's.
+    """
+    loggers: list[Logger] = [CSVLogger(os.getcwd(), name="metrics")]
+    name = config.logger.name
+    if name == "wandb" and config.wandb is not None:
+        loggers.append(WandbLogger(**wandb_arguments(config)))
+    if name == "tensorboard":
+        # A run that goes on writes beside its earlier events, and TensorBoard joins them.
+        save_dir = config.checkpointing.save_dir
+        loggers.append(TensorBoardLogger(save_dir, name="tensorboard", version=""))
+    return loggers
+
+
+def wandb_arguments(config: DictConfig) -> dict:
+    """The section `wandb`, the configuration and the run's id; offline without an API key."""
+    import wandb
+
+    arguments = OmegaConf.to_container(config.wandb, resolve=True)
+    arguments["config"] = OmegaConf.to_container(config, resolve=True)
+    arguments["id"] = wandb_id(config)
+    is_decided = "offline" in arguments or "WANDB_MODE" in os.environ
+    if not is_decided and not wandb.login(prompt=False, verify=False):
+        logger.warning("wandb: no API key, logging offline (`wandb login`, or wandb=null for none)")
+        # `mode` too: asking for the key has fixed wandb's settings, which `offline` would go by.
+        arguments |= {"offline": True, "mode": "offline"}
+    return arguments
+
+
+def wandb_id(config: DictConfig) -> str:
+    """The run's id, kept in `wandb_id.txt` of `checkpointing.save_dir`.
+
+    A training that goes on keeps its id, whatever its command says by then. The default id is
+    made of `wandb.name` and the seed; a run without a name gets one that no other run has.
+    """
+    path = f"{config.checkpointing.save_dir}/wandb_id.txt"
+    if config.checkpointing.resume_from_ckpt and file_exists(path):
+        with fsspec.open(path, "r", encoding="utf-8") as file:
+            return file.read().strip()
+    found = config.wandb.id
+    if found is None or found == f"None_{config.seed}":
+        found = uuid.uuid4().hex[:8]
+    if rank_zero_only.rank == 0:  # the others log nothing, under any id
+        write_text(path, f"{found}\n")
+    return found
