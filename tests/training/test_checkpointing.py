@@ -1,18 +1,13 @@
 """Reading weights from files that are right, and from files that are not."""
 
-import json
 import zipfile
 
-import huggingface_hub
 import pytest
-import safetensors.torch
 import torch
 from torch import nn
 
 from corpora.tokenization import load_tokenizer
 from diffusion import Diffusion
-from models.dit import DIT, DITConfig
-from models.masks import AttentionPattern
 from tests.small_run import ALGOS, overrides
 from training.checkpointing import Weights, load_weights, read_checkpoint, read_weights
 
@@ -183,90 +178,6 @@ def test_the_range_of_a_file_is_trained_on(compose, tmp_path):
     assert (model.interval.low, model.interval.high) == (0.3, 1.0)
 
 
-# --- Hub format ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["bd3lm-block_size4", "bd3lm-block_size32-pretrain", "mdlm"])
-def test_hub_directory_gives_the_originals_logits(name, shared):
-    """Weights of a Hub-format directory in our network: the recorded logits within 2e-5."""
-    folder = shared / "golden/hub" / name
-    meta = json.loads((folder / "config.json").read_text())
-    expected = safetensors.torch.load_file(folder / "expected.safetensors")
-    sizes = {k: meta[k] for k in ("vocab_size", "cond_dim", "n_blocks", "n_heads")}
-    block_size = meta.get("block_size", meta["model_length"])
-    module = nn.Module()
-    module.backbone = DIT(
-        DITConfig(**sizes, hidden_size=meta["hidden_dim"], block_size=block_size)
-    )
-    load_weights(module, read_weights(str(folder)), use_ema=True)
-    x, pattern = expected["xt"], AttentionPattern.FULL
-    if meta.get("cross_attn"):
-        x, pattern = torch.cat((x, expected["x0"]), dim=1), AttentionPattern.BLOCK_DIFFUSION
-    with torch.no_grad():
-        logits = module.eval().backbone(x, pattern=pattern)
-    torch.testing.assert_close(logits, expected["logits"], atol=2e-5, rtol=0)
-
-
-def hub_directory(tmp_path, model_type: str):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
-    safetensors.torch.save_file(state(), tmp_path / "model.safetensors")
-    return tmp_path
-
-
-def test_small_hub_directory(tmp_path):
-    weights = read_weights(str(hub_directory(tmp_path, "bd3lm")))
-    assert weights.shadow_params is None and set(weights.state_dict) == set(state())
-
-
-def test_unknown_model_type(tmp_path):
-    with pytest.raises(ValueError, match="model_type='llama', allowed are bd3lm and mdlm"):
-        read_weights(str(hub_directory(tmp_path, "llama")))
-
-
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_incomplete_hub_directory(name, tmp_path):
-    (hub_directory(tmp_path, "mdlm") / name).unlink()
-    with pytest.raises(FileNotFoundError, match=f"a Hub-format directory needs {name}"):
-        read_weights(str(tmp_path))
-
-
-def test_config_of_a_hub_directory_is_no_json(tmp_path):
-    (hub_directory(tmp_path, "mdlm") / "config.json").write_text("{cut")
-    with pytest.raises(ValueError, match="config.json: not a JSON file"):
-        read_weights(str(tmp_path))
-
-
-def test_unreachable_hub(monkeypatch):
-    """Without a network the message says which files to put where."""
-
-    def fail(*args, **kwargs):
-        raise huggingface_hub.errors.LocalEntryNotFoundError("no connection")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(FileNotFoundError) as error:
-        read_weights("kuleshov-group/bd3lm-owt-block_size4")
-    message = str(error.value)
-    assert message.startswith("kuleshov-group/bd3lm-owt-block_size4: no such file here")
-    assert "config.json and model.safetensors into a directory" in message
-
-
-def test_hub_download_takes_two_files_and_no_code(monkeypatch, tmp_path):
-    """The repositories hold modeling code of their own; it is neither fetched nor run."""
-    asked = {}
-
-    def download(repository, *, revision, allow_patterns):
-        asked.update(repository=repository, revision=revision, files=tuple(allow_patterns))
-        return str(hub_directory(tmp_path, "mdlm"))
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    read_weights("kuleshov-group/mdlm-owt@abc")
-    assert asked == {
-        "repository": "kuleshov-group/mdlm-owt",
-        "revision": "abc",
-        "files": ("config.json", "model.safetensors.index.json", "*.safetensors"),
-    }
-
-
 # --- the block size ------------------------------------------------------------------------------
 
 
@@ -282,8 +193,3 @@ def test_block_size_of_a_checkpoint(algo, expected, tmp_path):
 def test_block_size_of_a_checkpoint_that_does_not_say(tmp_path):
     torch.save({"state_dict": state()}, tmp_path / "some.ckpt")
     assert read_weights(str(tmp_path / "some.ckpt")).block_size is None
-
-
-@pytest.mark.parametrize(("name", "expected"), [("bd3lm-block_size4", 4), ("mdlm", None)])
-def test_block_size_of_a_hub_directory(name, expected, shared):
-    assert read_weights(str(shared / "golden" / "hub" / name)).block_size == expected
