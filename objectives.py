@@ -20,6 +20,7 @@ from models.dit import DIT
 from models.inference import InferenceDIT
 from models.kv_cache import KVCache
 from models.masks import AttentionPattern
+from models.static_inference import StaticInferenceDIT
 from noise_schedule import NoiseValues
 
 PARAMETERIZATIONS = ("subs", "sedd", "ar")
@@ -113,11 +114,16 @@ class Denoiser:
             logits_at=logits_at,
         )
 
-    def for_sampling(self) -> "Denoiser":
-        """The same for inference, with the network in its fast form where sigma is always 0."""
+    def for_sampling(self, *, compiled: bool = False) -> "Denoiser":
+        """The same for inference, with the network in its fast form where sigma is always 0.
+
+        Args:
+            compiled: compile the passes over a KV cache, and make CUDA graphs of them on a GPU.
+        """
         if self.time_conditioning or not isinstance(self.backbone, DIT):
             return self
-        return replace(self, backbone=InferenceDIT(self.backbone))
+        fast = InferenceDIT(self.backbone)
+        return replace(self, backbone=StaticInferenceDIT(fast) if compiled else fast)
 
     def make_cache(self, batch_size: int, *, capacity: int) -> KVCache:
         """An empty KV cache for the network."""

@@ -116,6 +116,15 @@ class SigmaEmbedder(nn.Module):
         return self.mlp(torch.cat((angles.cos(), angles.sin()), dim=-1))
 
 
+def split_heads(
+    qkv: Tensor, *, n_heads: int, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotated queries, rotated keys and values, each (B, H, T, d), of (B, T, 3 D)."""
+    heads = qkv.unflatten(-1, (3, n_heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, H, T, d)
+    q, k = rotate(heads[:2], cos=cos, sin=sin)
+    return q, k, heads[2]
+
+
 def attend_heads(
     qkv: Tensor,
     *,
@@ -127,8 +136,7 @@ def attend_heads(
     kv_cache: KVCache | None,
 ) -> Tensor:
     """What all heads read, side by side (B, T, D), for queries, keys and values (B, T, 3 D)."""
-    heads = qkv.unflatten(-1, (3, config.n_heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, H, T, d)
-    (q, k), v = rotate(heads[:2], cos=cos, sin=sin), heads[2]  # each (B, H, T, d)
+    q, k, v = split_heads(qkv, n_heads=config.n_heads, cos=cos, sin=sin)
     if kv_cache is not None:
         k, v = kv_cache.append(layer, k=k, v=v)
     out = attend(
@@ -295,11 +303,16 @@ class DIT(nn.Module):
         return self.output_layer(x, condition=condition, logits_at=logits_at)
 
     def make_cache(
-        self, batch_size: int, *, capacity: int, dtype: torch.dtype | None = None
+        self,
+        batch_size: int,
+        *,
+        capacity: int,
+        dtype: torch.dtype | None = None,
+        kind: type[KVCache] = KVCache,
     ) -> KVCache:
         """An empty cache for this network, by default of the precision its keys have right now."""
         weight = self.output_layer.linear.weight
-        return KVCache(
+        return kind(
             n_layers=len(self.blocks),
             batch_size=batch_size,
             n_heads=self.config.n_heads,

@@ -7,7 +7,6 @@ last attention only the tokens remain whose logits somebody asked for.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -82,9 +81,9 @@ class InferenceBlock:
         self.attn_out = Linear.cast(block.attn_out, dtype)
         self.up, self.down = Linear.cast(block.mlp[0], dtype), Linear.cast(block.mlp[2], dtype)
 
-    def attention(self, x: Tensor, **how: Any) -> Tensor:
-        """What the heads read for each token of x (B, T, D); see `dit.attend_heads`."""
-        return attend_heads(self.attn_qkv(self.norm1(x, dtype=self.dtype)), **how)
+    def qkv(self, x: Tensor) -> Tensor:
+        """Queries, keys and values (B, T, 3 D) of the residual (B, T, D)."""
+        return self.attn_qkv(self.norm1(x, dtype=self.dtype))
 
     def add(self, x: Tensor, heads: Tensor) -> Tensor:
         """The residual (..., D) with the attention's output and the feed-forward network's."""
@@ -108,13 +107,14 @@ class InferenceDIT:
         network: shares its weights where they already have the right precision, else casts copies.
 
     Attributes:
+        network, blocks, norm_final, head: the original, and its parts in their new form.
         dtype: of the matrix products: autocast's at the time of the making, or the weights' own.
             The residual stream, norms and the embedding are float32.
     """
 
     @torch.no_grad()
     def __init__(self, network: DIT):
-        self._network, self.config = network, network.config
+        self.network, self.config = network, network.config
         embedding, head = network.vocab_embed.embedding, network.output_layer
         self.dtype = matmul_dtype(head.linear.weight)
         is_mixed = self.dtype != torch.float32
@@ -158,7 +158,7 @@ class InferenceDIT:
         with torch.autocast(indices.device.type, enabled=False):
             return self._forward(
                 indices,
-                *self._network.rotary_emb(positions),
+                *self.network.rotary_emb(positions),
                 pattern=pattern,
                 kv_cache=kv_cache,
                 logits_at=logits_at,
@@ -174,11 +174,11 @@ class InferenceDIT:
         kv_cache: KVCache | None,
         logits_at: Tensor | None,
     ) -> Tensor:
-        x = self._network.vocab_embed(indices).float()
+        x = self.network.vocab_embed(indices).float()
         last = len(self.blocks) - 1
         for layer, block in enumerate(self.blocks):
-            heads = block.attention(
-                x, config=self.config,
+            heads = attend_heads(
+                block.qkv(x), config=self.config,
                 cos=cos, sin=sin, pattern=pattern, layer=layer, kv_cache=kv_cache,
             )  # fmt: skip
             if layer == last and logits_at is not None:
@@ -188,4 +188,4 @@ class InferenceDIT:
 
     def make_cache(self, batch_size: int, *, capacity: int) -> KVCache:
         """An empty cache for this network."""
-        return self._network.make_cache(batch_size, capacity=capacity, dtype=self.dtype)
+        return self.network.make_cache(batch_size, capacity=capacity, dtype=self.dtype)

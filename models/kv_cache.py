@@ -1,7 +1,11 @@
 """Keys and values of the text that is already final."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from .masks import AttentionPattern, may_attend
 
 # A CPU's matrix products want each head's keys back to back, see `KVCache`. Passes of fewer tokens
 # than this would move them too often, and leave room for as many as that.
@@ -61,12 +65,7 @@ class KVCache:
             ValueError: if the tokens do not fit into one piece of the ring.
         """
         size, end = k.shape[2], self.num_tokens + k.shape[2]
-        slot = self.num_tokens % self.capacity
-        if slot + size > self.capacity:
-            raise ValueError(
-                f"KV cache: {size} more tokens behind {self.num_tokens} do not fit in one piece "
-                f"into a ring of {self.capacity}; store them in smaller pieces"
-            )
+        slot = self._first_slot(size)
         seen = min(end, self.capacity)
         if seen > self._room[layer]:
             step = size if size >= _FEW_TOKENS else _ROOM
@@ -96,6 +95,16 @@ class KVCache:
             tokens = self._tokens(layer)
             tokens.copy_(tokens[:, rows])
 
+    def _first_slot(self, num_new: int) -> int:
+        """Where in the ring the next tokens go."""
+        slot = self.num_tokens % self.capacity
+        if slot + num_new > self.capacity:
+            raise ValueError(
+                f"KV cache: {num_new} more tokens behind {self.num_tokens} do not fit in one piece "
+                f"into a ring of {self.capacity}; store them in smaller pieces"
+            )
+        return slot
+
     def _tokens(self, layer: int) -> Tensor:
         """Keys and values of a layer, (2, B, H, room, d), a view of its buffer."""
         return self._buffer[layer, :, : self._room[layer] * self._tokens_size].view(self._shape)
@@ -105,3 +114,47 @@ class KVCache:
         committed = self._tokens(layer)[:, :, :, : self.num_tokens].clone()
         self._room[layer] = room
         self._tokens(layer)[:, :, :, : self.num_tokens] = committed
+
+
+class StaticKVCache(KVCache):
+    """A KV cache for passes whose shapes never change: queries see all slots, under a mask.
+
+    Args:
+        as those of `KVCache`.
+    """
+
+    def __init__(self, **sizes: Any):
+        super().__init__(**sizes)
+        self._room = [self.capacity] * len(self._room)
+
+    @property
+    def buffers(self) -> Tensor:
+        """Keys and values of all layers, (layers, 2, B, H, capacity, d)."""
+        return self._buffer.view(len(self._room), *self._shape)
+
+    def place(
+        self, num_new: int, *, pattern: AttentionPattern, block_size: int
+    ) -> tuple[Tensor, Tensor]:
+        """Where the next pass's T = `num_new` tokens go, and which slots they see.
+
+        Returns:
+            Slots (T,) int64 and a boolean mask (T, capacity).
+
+        Raises:
+            ValueError: if the tokens do not fit into one piece of the ring.
+        """
+        slot = self._first_slot(num_new)
+        device = self._buffer.device
+        new = torch.arange(num_new, device=device)
+        own = may_attend(
+            new[:, None] + self.num_tokens,
+            new + self.num_tokens,
+            pattern=pattern,
+            length=self.capacity,
+            block_size=block_size,
+        )
+        is_committed = torch.arange(self.capacity, device=device) < self.num_tokens
+        mask = is_committed.repeat(num_new, 1)
+        mask[:, slot : slot + num_new] = own
+        self._num_written = self.num_tokens + num_new
+        return slot + new, mask

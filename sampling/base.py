@@ -142,10 +142,11 @@ class Progress:
         """
         columns = slice(start, start + at.shape[1])
         self._denoising_passes += at.any(dim=1) if took_part is None else took_part
-        self.x[:, columns][at] = tokens
-        self._confidence[:, columns][at] = confidence.float()
-        passes = self._denoising_passes[:, None].expand_as(at)
-        self._revealed_at[:, columns][at] = passes[at]
+        # Without indexing by booleans, for which a GPU would have to tell how many there are.
+        self.x[:, columns].masked_scatter_(at, tokens)
+        self._confidence[:, columns].masked_scatter_(at, confidence.float())
+        revealed_at = self._revealed_at[:, columns]
+        revealed_at.copy_(torch.where(at, self._denoising_passes[:, None], revealed_at))
         if self._on_step is not None:
             self._on_step(self.x)
 

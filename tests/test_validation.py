@@ -69,6 +69,7 @@ REFUSED = [
     (["trainer.val_check_interval=1.5"], "trainer.val_check_interval=1.5: allowed are an integer"),
     # switches
     (["sampling.kv_cache=1"], "sampling.kv_cache=1: allowed are true and false"),
+    (["sampling.compile=true"], "sampling.compile=True: allowed with sampling.kv_cache=false"),
     (["training.resample=maybe"], "training.resample=maybe: allowed are true and false"),
     # sizes
     (

@@ -9,6 +9,7 @@ from torch import nn
 from models.attention import attend
 from models.inference import InferenceDIT, cast_matrices
 from models.masks import AttentionPattern
+from models.static_inference import StaticInferenceDIT
 from tests.references import random_tokens, small_dit
 
 P = AttentionPattern
@@ -113,3 +114,61 @@ def test_few_queries_equal_sdpa(kv_len):
     with torch.no_grad():
         found = attend(*half, **how)
     assert (found - exact).abs().max() < 0.03 * exact.abs().max()
+
+
+def ring(network, *, pattern, capacity=16, compiled_with=None):
+    """Logits of passes, some shapes several times; 16 tokens of cache are fewer than the text."""
+    if compiled_with is not None:
+        network._compiled = compiled_with(network)
+    tokens = random_tokens(2, 28)
+    at = torch.zeros(2, 8, dtype=torch.bool)
+    at[0, 5] = at[1, 7] = True
+    cache, logits = network.make_cache(2, capacity=capacity), []
+    for start, size, kept in ((0, 8, 4), (4, 8, 4), (8, 8, 4), *((s, 4, 4) for s in (12, 16, 20))):
+        piece, here = tokens[:, start : start + size], at[:, -size:].clone()
+        here[1, -1] = start != 16  # there one row has stopped
+        logits.append(network(piece, pattern=pattern, kv_cache=cache, logits_at=here))
+        cache.commit(kept)
+    logits.append(network(tokens[:, 24:], pattern=pattern, kv_cache=cache).flatten(0, 1))
+    nowhere = torch.zeros(2, 4, dtype=torch.bool)
+    nothing = network(tokens[:, 24:], pattern=pattern, kv_cache=cache, logits_at=nowhere)
+    assert nothing.shape == (0, 23)
+    return torch.cat(logits)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "capacity"), [(P.BLOCK_CAUSAL, 16), (P.BLOCK_CAUSAL, 28), (P.CAUSAL, 28)]
+)
+def test_static_passes_equal_the_growing_cache(pattern, capacity):
+    """Queries see all slots under a mask: the same, also when the ring is full."""
+    network = InferenceDIT(small_dit(block_size=4))
+    how = {"pattern": pattern, "capacity": capacity}
+    found = ring(StaticInferenceDIT(network), compiled_with=lambda n: n.forward, **how)
+    torch.testing.assert_close(found, ring(network, **how), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_passes_equal_the_growing_cache():
+    """Three shapes, so three compilations, and not one more for the second cache."""
+    network = InferenceDIT(small_dit(block_size=4))
+    static = StaticInferenceDIT(network)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=False, recompile_limit=8):
+        found = [ring(static, pattern=P.BLOCK_CAUSAL) for _ in range(2)]
+    expected = ring(network, pattern=P.BLOCK_CAUSAL)
+    for logits in found:
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert compiled <= 3
+
+
+def test_static_cache_keeps_its_addresses():
+    """Recorded passes read the buffers where they were."""
+    static = StaticInferenceDIT(InferenceDIT(small_dit(block_size=4)))
+    cache = static.make_cache(2, capacity=16)
+    address = cache.buffers.data_ptr()
+    static._compiled = static.forward
+    for start in (0, 4, 8):
+        static(random_tokens(2, 12)[:, start : start + 4], pattern=P.BLOCK_CAUSAL, kv_cache=cache)
+        cache.commit(4)
+    assert cache.buffers.data_ptr() == address
