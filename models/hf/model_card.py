@@ -8,10 +8,10 @@ from typing import Any
 from .configuration_bd3lm import BD3LMConfig
 
 KINDS = {
-    "ar": "autoregressive language model (AR)",
-    "bd3lm": "block diffusion language model (BD3-LM)",
-    "mdlm": "masked diffusion language model (MDLM)",
-    "sedd": "score-entropy discrete diffusion language model (SEDD)",
+    "ar": "An autoregressive language model (AR)",
+    "bd3lm": "A block diffusion language model (BD3-LM)",
+    "mdlm": "A masked diffusion language model (MDLM)",
+    "sedd": "A score-entropy discrete diffusion language model (SEDD)",
 }
 TAGS = {"ar": "autoregressive", "bd3lm": "block-diffusion"}
 # Arguments of `generate` that suit a model.
@@ -36,7 +36,7 @@ tags:
 
 # {title}
 
-Kind: {kind}, {parameters:.1f} M parameters, texts of {config.model_length} tokens{blocks}, \
+{kind}: {parameters:.1f} M parameters, texts of {config.model_length} tokens{blocks}, \
 vocabulary of {config.vocab_size}. The weights are {weights}. The code beside them needs \
 `torch` and `transformers`.
 

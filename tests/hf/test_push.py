@@ -4,13 +4,13 @@ import json
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
-import httpx
 import huggingface_hub
 import pytest
 import torch
 import yaml
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from huggingface_hub.errors import LocalTokenNotFoundError
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
@@ -287,6 +287,12 @@ class FakeHub:
         self.calls.append(("upload_folder", settings))
 
 
+class Refused(Exception):
+    """An error of the transport, which is neither an OSError nor a ValueError."""
+
+    response = SimpleNamespace(status_code=401)
+
+
 @pytest.fixture
 def hub(monkeypatch):
     """Puts a fake in the place of the Hub: `hub()`, `hub(error)`."""
@@ -323,10 +329,7 @@ def test_dry_run_and_failures_upload_nothing(checkpoint, hub, tmp_path, capsys):
 @pytest.mark.parametrize(
     "error",
     [
-        HfHubHTTPError(
-            "401 for hf_secret",
-            response=httpx.Response(401, request=httpx.Request("POST", "https://x/hf_secret")),
-        ),
+        Refused("401 for hf_secret"),
         LocalTokenNotFoundError("no hf_secret"),
         OSError("hf_secret"),
     ],
@@ -337,5 +340,6 @@ def test_a_hub_that_refuses(error, checkpoint, hub, capsys):
     hub(error)
     message = refusal(capsys, checkpoint("mdlm")[0], "me/mine")
     printed = capsys.readouterr()
+    assert (", status 401" in message) == isinstance(error, Refused)
     assert "hf auth login" in message and "--dry-run" in message
     assert "hf_secret" not in message + printed.out + printed.err
