@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import fsspec
 import huggingface_hub
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -119,8 +120,10 @@ def write_directory(directory: Path, args: argparse.Namespace) -> None:
     tokenizer = find_tokenizer(args, run)
     config = model_config(weights, tokenizer, noise=noise_of(args.checkpoint, run))
     model = BD3LM(config)
-    report = load_weights(model, weights, use_ema=not args.raw)
-    print(report)
+    print(load_weights(model, weights, use_ema=not args.raw))
+    origin = None
+    if weights.shadow_params is not None:
+        origin = "those of the last step" if args.raw else "the moving average of training"
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     dataset = DATASETS.get(OmegaConf.select(run, "data.train") or "")
@@ -128,7 +131,7 @@ def write_directory(directory: Path, args: argparse.Namespace) -> None:
         args.repo_id,
         config,
         num_parameters=model.num_parameters(),
-        is_average=report.is_average,
+        origin=origin,
         dataset=dataset.hub.repo if dataset is not None and dataset.hub is not None else None,
         results=results,
         license_name=args.license,
@@ -138,7 +141,8 @@ def write_directory(directory: Path, args: argparse.Namespace) -> None:
 
 def run_config(checkpoint: str) -> DictConfig:
     """The configuration in a Lightning checkpoint; empty where there is none."""
-    if not os.path.isfile(checkpoint) or checkpoint.endswith(".safetensors"):
+    fs, name = fsspec.core.url_to_fs(checkpoint)
+    if not fs.isfile(name) or name.endswith(".safetensors"):
         return OmegaConf.create()
     parameters = read_checkpoint(checkpoint).get("hyper_parameters")
     config = plain_config(parameters.get("config")) if isinstance(parameters, dict) else None

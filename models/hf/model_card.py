@@ -37,7 +37,7 @@ tags:
 # {title}
 
 {kind}: {parameters:.1f} M parameters, texts of {config.model_length} tokens{blocks}, \
-vocabulary of {config.vocab_size}. The weights are {weights}. The code beside them needs \
+vocabulary of {config.vocab_size}.{weights} The code beside them needs \
 `torch` and `transformers`.
 
 ```python
@@ -71,7 +71,7 @@ def model_card(
     config: BD3LMConfig,
     *,
     num_parameters: int,
-    is_average: bool,
+    origin: str | None,
     dataset: str | None,
     results: Sequence[dict[str, Any]],
     license_name: str,
@@ -82,7 +82,7 @@ def model_card(
         repo_id: where the model will be.
         config: its sizes and algorithm.
         num_parameters: of the network.
-        is_average: whether the weights are the moving average of training.
+        origin: what the weights are, where that is known.
         dataset: id of the training data on the Hub.
         results: as `read_results` returns them.
         license_name: as the Hub calls it.
@@ -100,7 +100,7 @@ def model_card(
         parameters=num_parameters / 1e6,
         config=config,
         blocks=f", in blocks of {config.block_size}" if is_block_diffusion else "",
-        weights="the moving average of training" if is_average else "those of the last step",
+        weights=f" The weights are {origin}." if origin else "",
         repo_id=repo_id,
         options=OPTIONS[name],
         loss="NLL per token, nats" if name == "ar" else "NELBO of a draw per token, nats",

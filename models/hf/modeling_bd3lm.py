@@ -1,6 +1,5 @@
 """The network and its samplers as a model of Hugging Face transformers."""
 
-import dataclasses
 import os
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -18,13 +17,13 @@ from models.rotary import Rotary
 from noise_schedule import get_noise
 from objectives import Denoiser
 from sampling.base import SamplerOutput
-from sampling.options import SMALL_VOCABULARY, SamplingOptions, make_sampler
+from sampling.options import make_sampler
 from sampling.rows import draw_rows
 
 from .configuration_bd3lm import BD3LMConfig
 from .export import write_sources
+from .generation_inputs import prompt_canvas, sampling_options
 from .nelbo import nelbo
-from .prompts import prompt_canvas
 
 SAMPLERS = {"subs": "semi_ar", "sedd": "analytic", "ar": "ar"}
 # Arguments of `push_to_hub`, which `save_pretrained(push_to_hub=True)` takes too.
@@ -261,6 +260,7 @@ class BD3LM(PreTrainedModel, GenerationMixin):
 
     # --- sampling --------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def generate(
         self,
         input_ids: Tensor | None = None,
@@ -297,7 +297,7 @@ class BD3LM(PreTrainedModel, GenerationMixin):
         """
         self._check_known("parameterization", "mask_index", "bos_token_id", "eos_token_id")
         config = self.config
-        settings = self._sampling_options(options)
+        settings = sampling_options(options, config=config)
         if input_ids is None:
             input_ids = torch.full((num_samples, 1), config.bos_token_id)
         canvas, limits = prompt_canvas(
@@ -327,22 +327,6 @@ class BD3LM(PreTrainedModel, GenerationMixin):
         finally:
             self.train(was_training)
         return output if return_dict_in_generate else output.tokens[:, : int(limits.max())]
-
-    def _sampling_options(self, options: dict[str, Any]) -> SamplingOptions:
-        known = [field.name for field in dataclasses.fields(SamplingOptions)]
-        for name, value in options.items():
-            if name not in known:
-                raise ValueError(f"generate({name}={value!r}): allowed are {', '.join(known)}")
-        if self.config.vocab_size < SMALL_VOCABULARY:
-            options = {"min_entropy": None, **options}
-        settings = SamplingOptions(**options)
-        counts_steps = self.config.parameterization == "sedd" or not settings.first_hitting
-        if counts_steps and self.config.parameterization != "ar" and settings.num_steps < 1:
-            raise ValueError(
-                f"num_steps={settings.num_steps}: this sampler needs a number of steps, allowed "
-                "are integers from 1"
-            )
-        return settings
 
     # --- files -----------------------------------------------------------------------------------
 

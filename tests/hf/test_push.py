@@ -21,6 +21,7 @@ from diffusion import Diffusion
 from models.hf import BD3LM
 from tests.conftest import PROJECT
 from tests.hf.test_export import outside
+from tests.hf.test_model import tiny
 from tests.hf.twins import twins
 from tests.parity.rows import load_golden
 from tests.references import generator
@@ -122,6 +123,24 @@ def test_dry_run_from_a_published_directory(shared, tmp_path, capsys):
     )
     assert "--tokenizer: 35 ids with the mask, allowed" in message and "are 101" in message
     assert not (tmp_path / "out").exists()
+
+
+def test_gpt2_vocabulary_with_a_mask_behind_it(shared, tmp_path):
+    """As the published models on OpenWebText are: files without ids, and GPT-2's tokenizer."""
+    unset = {name: None for name in ("mask_index", "bos_token_id", "eos_token_id")}
+    tiny(vocab_size=50258, **unset).save_pretrained(tmp_path / "theirs")
+    config = json.loads((tmp_path / "theirs/config.json").read_text())
+    published = {name: value for name, value in config.items() if name not in unset}
+    (tmp_path / "theirs/config.json").write_text(json.dumps(published))
+    tokenizer = shared / "data/tokenizers/gpt2"
+    push(tmp_path / "theirs", "me/m", "--tokenizer", tokenizer, "--dry-run", tmp_path / "ours")
+    model = BD3LM.from_pretrained(tmp_path / "ours")
+    config = model.config
+    assert (config.mask_index, config.bos_token_id, config.eos_token_id) == (50257, 50256, 50256)
+    tokens = model.generate(num_samples=1, min_entropy=None)
+    saved = AutoTokenizer.from_pretrained(tmp_path / "ours", trust_remote_code=False)
+    assert saved.decode(tokens[0]).startswith("<|endoftext|>")
+    assert "The weights are" not in (tmp_path / "ours/README.md").read_text()
 
 
 def test_an_exported_directory_can_be_published_again(checkpoint, tmp_path):
@@ -250,6 +269,16 @@ def test_a_failure_leaves_the_previous_export(checkpoint, tmp_path, capsys, monk
     push(path, "me/other", "--dry-run", out)
     assert contents(out) != before, "without a failure it is replaced"
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_weights_that_are_no_numbers(checkpoint, tmp_path, capsys):
+    path, _ = checkpoint("ar")
+    content = torch.load(path)
+    content["ema"]["shadow_params"][2][0] = float("nan")
+    torch.save(content, path)
+    message = refusal(capsys, path, "me/mine", "--dry-run", tmp_path / "out")
+    assert "backbone.blocks.0.attn_qkv.weight holds NaN" in message
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("place", ["mine.txt", "config.json", ".git/HEAD"])

@@ -1,9 +1,40 @@
-"""From a batch of prompts as tokenizers of transformers make it to a canvas for samplers."""
+"""What `generate` is asked for, as samplers take it: options, and prompts as a canvas."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sampling.options import SMALL_VOCABULARY, SamplingOptions
+
 from .configuration_bd3lm import BD3LMConfig
+
+
+def sampling_options(options: Mapping[str, Any], *, config: BD3LMConfig) -> SamplingOptions:
+    """The options with these names; the entropy rule is off where the vocabulary is small.
+
+    Raises:
+        ValueError: names the option, its value and what is allowed.
+    """
+    known = [field.name for field in dataclasses.fields(SamplingOptions)]
+    for name, value in options.items():
+        if name not in known:
+            raise ValueError(f"generate({name}={value!r}): allowed are {', '.join(known)}")
+    if config.vocab_size < SMALL_VOCABULARY:
+        options = {"min_entropy": None, **options}
+    found = SamplingOptions(**options)
+    is_on_grid = config.parameterization == "sedd" or (
+        config.parameterization == "subs"
+        and not found.first_hitting
+        and found.confidence_threshold is None
+    )
+    if is_on_grid and found.num_steps < 1:
+        raise ValueError(
+            f"num_steps={found.num_steps}: allowed are integers from 1, this sampler takes steps"
+        )
+    return found
 
 
 def prompt_canvas(
