@@ -7,7 +7,7 @@ VENV_PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-slow test-gpu lint parity quickstart
+.PHONY: help venv test test-slow test-gpu test-cluster lint parity quickstart
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -29,6 +29,9 @@ test-slow: venv  ## the tests that take minutes each
 
 test-gpu: venv  ## the tests that need a GPU
 	$(VENV_PYTHON) -m pytest -m gpu
+
+test-cluster: venv  ## the tests that start a Slurm (root, and Debian's slurm-wlm and munge)
+	$(VENV_PYTHON) -m pytest -m cluster
 
 lint: venv  ## ruff
 	$(VENV_PYTHON) -m ruff check .

@@ -43,9 +43,9 @@ JobRequeue=1
 KillWait={grace}
 ReturnToService=2
 SlurmdParameters=config_overrides
-NodeName=node NodeHostname={host} NodeAddr=127.0.0.1 CPUs=32 RealMemory=4000 Gres=gpu:{gpus} \
+NodeName=localhost NodeHostname={host} NodeAddr=127.0.0.1 CPUs=32 RealMemory=4000 Gres=gpu:{gpus} \
 Feature=a5000,a6000,3090,a100 State=UNKNOWN
-PartitionName=all Nodes=node Default=YES MaxTime=INFINITE State=UP
+PartitionName=all Nodes=localhost Default=YES MaxTime=INFINITE State=UP
 """
 
 
@@ -123,7 +123,7 @@ class Slurm:
         )  # fmt: skip
         wait_for(files["socket"].exists, what="munged", seconds=20)
         self._daemon("slurmctld", "-c", "-D")
-        self._daemon("slurmd", "-N", "node", "-D")
+        self._daemon("slurmd", "-N", "localhost", "-D")
         wait_for(self._is_idle, what=f"a node that takes jobs ({self.folder})", seconds=60)
 
     def _daemon(self, *command: str) -> None:
