@@ -80,8 +80,8 @@ class BD3LM(PreTrainedModel, GenerationMixin):
             )
         )
         if config.var_min:
-            self.register_buffer("sampling_eps_min", torch.tensor(config.sampling_eps_min))
-            self.register_buffer("sampling_eps_max", torch.tensor(config.sampling_eps_max))
+            self.register_buffer("sampling_eps_min", torch.tensor(float(config.sampling_eps_min)))
+            self.register_buffer("sampling_eps_max", torch.tensor(float(config.sampling_eps_max)))
         self.post_init()
 
     @torch.no_grad()
@@ -128,9 +128,9 @@ class BD3LM(PreTrainedModel, GenerationMixin):
 
     def _precision(self) -> AbstractContextManager:
         """Weights in half precision meet activations in float32, behind norms: autocast casts."""
-        if self.dtype is torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
+        if self.dtype in (torch.bfloat16, torch.float16):
+            return torch.autocast(self.device.type, dtype=self.dtype)
+        return nullcontext()
 
     def _check_known(self, *names: str) -> None:
         for name in names:
