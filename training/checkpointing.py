@@ -171,7 +171,7 @@ def _lightning_weights(source: str, checkpoint: Mapping[str, Any]) -> Weights:
         config = description.plain_config(checkpoint["hyper_parameters"].get("config"))
     said = None
     if isinstance(config, Mapping):
-        said = description.from_run_config(config, vocab_size=None, source=source)
+        said = description.from_run_config(config, vocab_size=None)
     weights = _weights(source, checkpoint["state_dict"], said=said)
     if checkpoint.get("ema") is None:
         return weights

@@ -44,22 +44,22 @@ _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 _MAX_DEPTH, _MAX_NODES = 16, 100_000
 
 
-def from_run_config(
-    config: Mapping[str, Any], *, vocab_size: int | None, source: str = "this run"
-) -> dict[str, Any]:
+def from_run_config(config: Mapping[str, Any], *, vocab_size: int | None) -> dict[str, Any]:
     """The description of a run: its composed configuration as a dictionary.
 
     Args:
-        config: nested; interpolations of one other key are followed.
+        config: nested; interpolations of one other key are followed, and what else has no value
+            or a strange one counts as not said.
         vocab_size: V, which the configuration does not hold.
-        source: for messages.
     """
     found = {name: _lookup(config, key) for name, key in CONFIG_KEYS.items()}
     found["vocab_size"], found["model_type"] = vocab_size, "bd3lm"
+    if found["algo"] not in (None, *PARAMETERIZATIONS):
+        found["algo"] = None
     if found["algo"] is not None:
         found["causal"] = found["algo"] == "ar"
         found["adaln"] = found["algo"] != "ar" or bool(found["adaln"])
-    return _checked(found, source=source)
+    return {key: found.get(key) if _is_possible(key, found.get(key)) else None for key in KEYS}
 
 
 def from_hub_config(config: Mapping[str, Any], *, source: str) -> dict[str, Any]:
@@ -73,7 +73,14 @@ def from_hub_config(config: Mapping[str, Any], *, source: str) -> dict[str, Any]
             f"{source}: model_type={config.get('model_type')!r}, allowed are "
             f"{' and '.join(MODEL_TYPES)}"
         )
-    found = _checked({key: config.get(key) for key in KEYS}, source=source)
+    found = {key: config.get(key) for key in KEYS}
+    for key, value in found.items():
+        if not _is_possible(key, value):
+            allowed = "a positive integer" if key in _INTEGERS else "true or false"
+            raise ValueError(f"{source}: {key}={value!r}, allowed is {allowed}")
+    if found["algo"] not in (None, *PARAMETERIZATIONS):
+        known = ", ".join(PARAMETERIZATIONS)
+        raise ValueError(f"{source}: algo={found['algo']!r}, allowed are {known}")
     if found["model_type"] == "mdlm":  # that class has no switches
         found |= {key: False for key in ("causal", "cross_attn") if found[key] is None}
         found["adaln"] = True if found["adaln"] is None else found["adaln"]
@@ -201,14 +208,8 @@ def _lookup(config: Mapping[str, Any], key: str, *, followed: int = 0) -> Any:
     return _lookup(config, reference[1], followed=followed + 1)
 
 
-def _checked(found: dict[str, Any], *, source: str) -> dict[str, Any]:
-    """The description; what is of another type than its key is an error."""
-    complete = dict.fromkeys(KEYS) | found
-    for key, value in complete.items():
-        is_size = type(value) is int and value > 0
-        if value is not None and (
-            (key in _INTEGERS and not is_size) or (key in _FLAGS and type(value) is not bool)
-        ):
-            allowed = "a positive integer" if key in _INTEGERS else "true or false"
-            raise ValueError(f"{source}: {key}={value!r}, allowed is {allowed}")
-    return complete
+def _is_possible(key: str, value: Any) -> bool:
+    """Whether a value has the type of its key; None always does."""
+    if value is None or key not in (*_INTEGERS, *_FLAGS):
+        return not isinstance(value, str) or "${" not in value
+    return type(value) is bool if key in _FLAGS else type(value) is int and value > 0

@@ -193,3 +193,53 @@ def test_block_size_of_a_checkpoint(algo, expected, tmp_path):
 def test_block_size_of_a_checkpoint_that_does_not_say(tmp_path):
     torch.save({"state_dict": state()}, tmp_path / "some.ckpt")
     assert read_weights(str(tmp_path / "some.ckpt")).block_size is None
+
+
+def test_a_configuration_with_odd_values_describes_less(tmp_path):
+    """Interpolations of the original call resolvers; what is not known is not compared."""
+    config = {
+        "algo": {"name": "bd3lm", "cross_attn": "${eval:True}"},
+        "block_size": "${div_up:${model.length},4}",
+        "model": {"length": "${.size}", "n_heads": 2.5, "hidden_size": "${algo.width}"},
+    }
+    torch.save({"state_dict": state(), "hyper_parameters": {"config": config}}, tmp_path / "a.ckpt")
+    found = read_weights(str(tmp_path / "a.ckpt")).hub_config
+    assert found["algo"] == "bd3lm"
+    keys = ("block_size", "model_length", "n_heads", "hidden_dim", "cross_attn")
+    assert [found[key] for key in keys] == [None] * 5
+
+
+@pytest.mark.parametrize("content", [{"state_dict": []}, {"state_dict": {"a": 1}}])
+def test_a_state_dict_of_something_else(content, tmp_path):
+    torch.save(content, tmp_path / "a.ckpt")
+    with pytest.raises(
+        ValueError, match="a.ckpt: (not a Lightning|'a' in it is no tensor but int)"
+    ):
+        read_weights(str(tmp_path / "a.ckpt"))
+
+
+@pytest.mark.parametrize("ema", [[], {"decay": 0.9}, {"shadow_params": [1]}])
+def test_an_average_of_something_else(ema, tmp_path):
+    torch.save({"state_dict": state(), "ema": ema}, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match="a.ckpt: its ema has no shadow_params that are a list of"):
+        read_weights(str(tmp_path / "a.ckpt"))
+
+
+def test_what_may_differ_is_named():
+    """`eval.allow_missing`: names and patterns, for what is missing, unexpected or reshaped."""
+    tensors = {
+        "backbone.weight": torch.zeros(4, 3),
+        "old.a": torch.zeros(1),
+        "old.b": torch.ones(1),
+    }
+    model = Small()
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    allowed = ["backbone.bias", "old.*", "*.weight"]
+    report = load_weights(model, Weights("f", tensors), use_ema=False, allow_missing=allowed)
+    assert report.missing == ("sampling_eps_min", "backbone.bias") and report.matched == ()
+    assert report.unexpected == ("old.a", "old.b")
+    assert report.reshaped == (("backbone.weight", (4, 3), (2, 3)),)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    for fewer in (allowed[:2], allowed[1:], allowed[::2]):
+        with pytest.raises(ValueError, match="[12] weights do not fit this configuration"):
+            load_weights(model, Weights("f", tensors), use_ema=False, allow_missing=fewer)

@@ -182,6 +182,13 @@ def test_sizes_that_are_none(key, value, allowed, directory):
         read_weights(str(directory))
 
 
+@pytest.mark.parametrize("algo", ["gpt", ["ar"], 3])
+def test_unknown_algorithm(algo, directory):
+    describe(directory, algo=algo)
+    with pytest.raises(ValueError, match="config.json: algo=.*, allowed are ar, bd3lm, mdlm, sedd"):
+        read_weights(str(directory))
+
+
 @pytest.mark.parametrize("key", ["vocab_size", "hidden_dim", "n_blocks", "n_heads", "cond_dim"])
 def test_a_config_of_another_model(key, directory):
     """Files of two models in one directory."""
