@@ -175,7 +175,7 @@ def test_a_job_that_is_requeued_twice_ends_like_one_that_is_not(slurm, folder, u
 
 @pytest.mark.cluster
 def test_a_job_whose_time_is_up_saves_and_requeues_itself(slurm, folder, undisturbed):
-    """SIGUSR1, which the script's header asks Slurm for 90 s before the end: no step is repeated."""
+    """SIGUSR1, for which the header of the script asks 90 s before the end. No step is repeated."""
     job = submit(slurm, folder / "time_is_up")
     job.wait_for_step(MAX_STEPS // 4)
     slurm.run("scancel", "--signal=USR1", job.id)
