@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -64,16 +64,42 @@ def noise_of_rows() -> Iterator[None]:
         diffusion.Diffusion.token_losses = token_losses
 
 
+@contextmanager
+def nan_in_second_process() -> Iterator[None]:
+    """Makes the second loss of the second process NaN."""
+    training_step = diffusion.Diffusion.training_step
+
+    def spoiled(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        is_it = self.global_rank == 1 and batch_idx == 1
+        return training_step(self, batch, batch_idx) * (float("nan") if is_it else 1.0)
+
+    diffusion.Diffusion.training_step = spoiled
+    try:
+        yield
+    finally:
+        diffusion.Diffusion.training_step = training_step
+
+
+# How a run differs from one of the command line, by the start of its name.
+PATCHES = {"drawn": nullcontext, "nan": nan_in_second_process}
+
+
 def run(folder: Path, name: str, changes: list[str]) -> None:
-    """Carries out one run in FOLDER/NAME, on the text in FOLDER, with the noise of rows."""
+    """Carries out one run in FOLDER/NAME, on the text in FOLDER, by default with noise of rows.
+
+    What it raises is written to FOLDER/NAME/errorRANK.txt.
+    """
     directory = folder / name
     directory.mkdir(exist_ok=True)
     os.chdir(directory)
     resolvers.register_resolvers()
     with initialize_config_dir(str(PROJECT / "configs"), version_base=None):
         config = compose("config", overrides(folder, *changes))
-    with noise_of_rows():
-        main.run(config, launch_dir=str(folder))
+    try:
+        with PATCHES.get(name.partition("_")[0], noise_of_rows)():
+            main.run(config, launch_dir=str(folder))
+    except ValueError as error:
+        Path(f"error{os.environ.get('RANK', 0)}.txt").write_text(str(error))
 
 
 def start_pair(folder: Path, runs: dict[str, list[str]]) -> list[str]:

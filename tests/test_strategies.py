@@ -59,6 +59,10 @@ def folder(tmp_path_factory) -> Path:
             "fsdp_accumulated": ["strategy=fsdp", *ACCUMULATED],
             "fsdp_half": ["strategy=fsdp", *HALF],
             "fsdp_from_one": ["strategy=fsdp", *resumed(folder, "one_half")],
+            "drawn": [],
+            "drawn_again": [],
+            "drawn_otherwise": ["seed=2"],
+            "nan": [],
             "fsdp_from_fsdp": ["strategy=fsdp", *resumed(folder, "fsdp_half")],
         }
         changes = {name: [*COMMON, *more] for name, more in pairs.items()}
@@ -168,7 +172,29 @@ def test_fsdp_evaluates_and_samples(folder):
     results = json.loads((folder / "fsdp/ppl_eval.json").read_text())
     assert results["num_rows"] == NUM_VALID_ROWS
     assert results["val/nll"] == pytest.approx(logged(folder, "one")["val/nll"][-1], rel=1e-6)
-    assert len(list((folder / "fsdp").rglob("samples.csv"))) == 1
+    (path,) = (folder / "fsdp").rglob("samples.csv")
+    with path.open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == 2, "one batch, and a process without any"
+
+
+@pytest.mark.slow
+def test_seed_and_number_of_processes_decide_the_noise(folder):
+    """test_multi_process.py tells that each process has its own."""
+    drawn, again, otherwise = (
+        tensors(checkpoint(folder, name)) for name in ("drawn", "drawn_again", "drawn_otherwise")
+    )
+    assert all(torch.equal(again[key], tensor) for key, tensor in drawn.items())
+    key = "weights backbone.output_layer.linear.bias"
+    assert not torch.equal(drawn[key], otherwise[key])
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_no_number_stops_all_processes(folder):
+    """The process that had it keeps its batch; the other one would wait for gradients forever."""
+    errors = [(folder / f"nan/error{rank}.txt").read_text() for rank in range(2)]
+    assert errors[0] == errors[1]
+    assert "at batch 1 of process 1, before step 2" in errors[0]
+    assert [path.name for path in (folder / "nan").glob("*.pt")] == ["nonfinite_rank1.pt"]
 
 
 @pytest.mark.slow
