@@ -168,8 +168,8 @@ class ResumeState(L.Callback):
         trainer.fit_loop.epoch_loop.max_steps -= self._is_prolonged
         if self._validation_is_due:
             self._validate(trainer)
-        if self._epoch_is_unlogged:
-            self._log_epoch(trainer, pl_module)
+        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            self._close_epoch(trainer, pl_module)
 
     def _validate(self, trainer: L.Trainer) -> None:
         """Run the validation that was due, as the training loop does, with its counters."""
@@ -181,20 +181,33 @@ class ResumeState(L.Callback):
         fit_loop.epoch_loop.batch_progress.total.completed = self._progress[1]["total"]["ready"]
         fit_loop.epoch_loop.batch_progress.current.completed = self._progress[1]["current"]["ready"]
         trainer.validating = True
+        fit_loop.epoch_loop.val_loop.restarting = False
         fit_loop.epoch_loop.val_loop.run()
         trainer.training = True
         for counters, state in zip(progress, begun, strict=True):
             counters.load_state_dict(state)
 
-    def _log_epoch(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The end of an epoch that was complete, but not logged, when the run stopped."""
-        metric = pl_module.train_nll
-        metric._update_count = 1  # or torchmetrics warns that nothing has been added to it
-        epoch = self._progress[0]["current"]["completed"]
-        values = {"train/nll": metric.compute().item(), "epoch": epoch}
-        for run_logger in trainer.loggers:
-            run_logger.log_metrics(values, step=trainer.global_step - 1)
-        metric.reset()
+    def _close_epoch(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin the next epoch; Lightning would neither log the old one nor end that of a stream.
+
+        It goes by these marks: the counters, and whether its loops are being restarted.
+        """
+        fit_loop, epoch_loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
+        metric, epoch = pl_module.train_nll, self._progress[0]["current"]["completed"]
+        if self._epoch_is_unlogged:
+            metric._update_count = 1  # or torchmetrics warns that nothing has been added to it
+            values = {"train/nll": metric.compute().item(), "epoch": epoch}
+            for run_logger in trainer.loggers:
+                run_logger.log_metrics(values, step=trainer.global_step - 1)
+            metric.reset()
+        for counters in (fit_loop.epoch_progress.total, fit_loop.epoch_progress.current):
+            counters.reset()
+            counters.increment_by(epoch + 1)
+        epoch_loop.batch_progress.total.completed = epoch_loop.batch_progress.total.ready
+        epoch_loop._batches_that_stepped = trainer.global_step
+        for loop in (fit_loop, epoch_loop, epoch_loop.val_loop):
+            loop._restarting = False
+            loop.reset_restart_stage()
 
 
 _NLL_STATES = ("total", "num_tokens", "num_rows")
