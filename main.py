@@ -150,6 +150,7 @@ def train(config: DictConfig, *, signals: StopSignals) -> None:
         # Lightning reads it again, but what does not fit is said clearly here.
         load_weights(model, read_weights(resume), use_ema=False)
     trainer.fit(model, train_loader, valid_loader, ckpt_path=resume, weights_only=True)
+    trainer.strategy.checkpoint_io.raise_if_last_failed()
     if trainer.is_global_zero:
         curve = Path("training_curve.png").absolute()
         draw_training_curve(

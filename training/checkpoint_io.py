@@ -47,6 +47,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         else:
             self.failures.pop(path, None)
 
+    def raise_if_last_failed(self) -> None:
+        """At the end of a training, whose result a run must not lack without saying so.
+
+        Raises:
+            OSError: the latest attempt to write last.ckpt failed.
+        """
+        for path, message in self.failures.items():
+            if path.endswith("/last.ckpt"):
+                raise OSError(f"{message}; what is there is older than the end of the training")
+
 
 def _write_local(checkpoint: dict[str, Any], fs: LocalFileSystem, name: str) -> None:
     partial = f"{name}.partial"
