@@ -1,0 +1,53 @@
+"""How fast a validation batch is evaluated, beside the original: `ppl_eval`, and the range search.
+
+    python -m benchmarks.eval --length 1024 --block-size 16 --batch-size 2 --against reference
+    python -m benchmarks.eval --search --against reference
+
+No gradients, no dropout. With `--search` the batch is one of those on which a validation also
+tries the ranges of `algo.clip_search_widths=[0.5,0.6,0.7,0.8,0.9]`, as it does on up to 100. The
+reference takes one forward pass for each range; some of them are timed, and the rest takes as long
+in proportion. Otherwise as `benchmarks.train_step`.
+"""
+
+import argparse
+from collections.abc import Sequence
+
+from benchmarks.comparison import (
+    add_options,
+    jobs_of,
+    read_options,
+    report,
+    run_rounds,
+    title_of,
+)
+from clipped_schedule import MAX_BATCHES
+
+
+def options(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """What the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add_options(parser)
+    parser.add_argument("--search", action="store_true", help="search the clipped range, too")
+    arguments = read_options(parser, words)
+    if arguments.search and arguments.algo != "bd3lm":
+        parser.error(f"--search: {arguments.algo} has no clipped range; allowed is bd3lm")
+    return arguments
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Time the batches, print the table and write JSON where wanted."""
+    arguments = options(words)
+    jobs = jobs_of(arguments, work="search" if arguments.search else "eval")
+    work = "validation batch with the search" if arguments.search else "validation batch"
+    report(
+        jobs,
+        run_rounds(jobs, rounds=arguments.rounds),
+        title=title_of(arguments, work=work),
+        device=arguments.device,
+        json_file=arguments.json,
+        batches=MAX_BATCHES,
+    )
+
+
+if __name__ == "__main__":
+    main()
