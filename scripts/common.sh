@@ -35,7 +35,7 @@ find_checkpoint() {
     value="$INVOKED_FROM/$value"
   fi
   if [[ ! -e "$value" && "$value" != *://* ]]; then
-    [[ "$value" =~ ^[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+$ && "$value" != *.ckpt ]] ||
+    [[ "$value" =~ ^[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+(@.+)?$ && "$value" != *.ckpt ]] ||
       die "no checkpoint at $value; set $variable to the path of one"
   fi
   echo "$value"

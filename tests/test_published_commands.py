@@ -8,7 +8,8 @@ import safetensors.torch
 
 from corpora.tokenization import load_tokenizer
 from diffusion import Diffusion, load_model, new_model
-from tests.test_commands import CASES
+from tests.test_commands import commands as original_commands
+from tests.test_commands import filled
 from tests.test_readme import commands, first_column
 
 OWNER = "kuleshov-group/"
@@ -40,9 +41,9 @@ def named_models(overrides: list[str]) -> list[str]:
 
 FROM_README = [overrides for overrides in commands() if named_models(overrides)]
 OF_THE_ORIGINAL = {
-    " ".join(named_models(overrides)) + name: overrides
-    for name, overrides in CASES
-    if named_models(overrides)
+    name: filled(command)
+    for name, command in original_commands().items()
+    if named_models(filled(command))
 }
 COMMANDS = [pytest.param(o, id=f"README {i}") for i, o in enumerate(FROM_README)]
 COMMANDS += [pytest.param(o, id=name) for name, o in OF_THE_ORIGINAL.items()]

@@ -146,6 +146,7 @@ def test_default_checkpoints(environment, tmp_path):
         ("last.ckpt", "{cwd}/last.ckpt"),
         ("s3://bucket/last.ckpt", "s3://bucket/last.ckpt"),
         ("someone/model", "someone/model"),
+        ("someone/model@refs/pr/1", "someone/model@refs/pr/1"),
         ("missing/last.ckpt", None),
     ],
 )

@@ -82,6 +82,10 @@ class LoadReport:
         """Names that do not match."""
         return {*self.missing, *self.unexpected, *(name for name, _, _ in self.reshaped)}
 
+    def optional(self) -> set[str]:
+        """Names on one side only that need not be on both."""
+        return {*self.missing, *self.unexpected} & set(OPTIONAL_KEYS)
+
     def __str__(self) -> str:
         average = " (moving average)" if self.is_average else ""
         return (
@@ -205,7 +209,9 @@ def load_weights(
     taken, report = matching_weights(model, weights, use_ema=use_ema, allow_missing=allow_missing)
     model.load_state_dict(taken, strict=False)
     logger.info("%s", report)
-    for line in report.lines(only=report.differing() - set(OPTIONAL_KEYS)):
+    for line in report.lines(only=report.optional()):
+        logger.info("%s: %s, as it may be", weights.source, line)
+    for line in report.lines(only=report.differing() - report.optional()):
         logger.warning("%s: %s, as eval.allow_missing says", weights.source, line)
     return report
 
@@ -222,7 +228,7 @@ def matching_weights(
     report = _compare(loaded, own, source=weights.source, is_average=is_average)
     _refuse_unknown_patterns(allow_missing, names={*own, *loaded})
     allowed = {n for n in report.differing() if any(fnmatchcase(n, p) for p in allow_missing)}
-    problems = report.lines(only=report.differing() - allowed - set(OPTIONAL_KEYS))
+    problems = report.lines(only=report.differing() - allowed - report.optional())
     if problems:
         shown = "; ".join(problems[:_MAX_LISTED]) + ("; ..." if problems[_MAX_LISTED:] else "")
         raise ValueError(

@@ -129,6 +129,13 @@ def test_wrong_shapes():
         load_weights(Small(), Weights("file", tensors), use_ema=False)
 
 
+def test_an_optional_buffer_of_another_shape():
+    """Rotary frequencies may be missing; other ones tell of another number of heads."""
+    tensors = state() | {"sampling_eps_min": torch.zeros(3)}
+    with pytest.raises(ValueError, match=r"sampling_eps_min is \(3,\) in the file, \(\) in the"):
+        load_weights(Small(), Weights("file", tensors), use_ema=False)
+
+
 def test_only_the_first_problems_are_listed():
     tensors = state() | {f"extra{i}": torch.zeros(1) for i in range(30)}
     with pytest.raises(ValueError, match="30 weights do not fit") as error:

@@ -243,6 +243,7 @@ def test_overriding_on_purpose_is_printed(published, configured, caplog):
     assert f"model.length=32, {where} 16" in said
     assert f"block_size=4, {where} 16" in said
     assert f"{source}: 31 weights matched, 2 missing, 0 unexpected, 0 reshaped" in " ".join(said)
+    assert f"{source}: missing sampling_eps_min, as it may be" in said
 
 
 # --- what may differ -----------------------------------------------------------------------------
