@@ -126,17 +126,16 @@ def split_heads(
 
 
 def attend_heads(
-    qkv: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     *,
     config: DITConfig,
-    cos: Tensor,
-    sin: Tensor,
     pattern: AttentionPattern,
     layer: int,
     kv_cache: KVCache | None,
 ) -> Tensor:
-    """What all heads read, side by side (B, T, D), for queries, keys and values (B, T, 3 D)."""
-    q, k, v = split_heads(qkv, n_heads=config.n_heads, cos=cos, sin=sin)
+    """What all heads read, side by side (B, T, D), for (B, H, T, d); with a cache, from it too."""
     if kv_cache is not None:
         k, v = kv_cache.append(layer, k=k, v=v)
     out = attend(
@@ -184,30 +183,27 @@ class DITBlock(nn.Module):
     ) -> Tensor:
         """One layer on (B, T, D); `cos` and `sin` as `Rotary` makes them."""
         attn, feed_forward = self.modulations(condition)
-        h = self.attention(
-            attn.modulate(self.norm1(x)),
-            cos=cos, sin=sin, pattern=pattern, layer=layer, kv_cache=kv_cache,
-        )  # fmt: skip
-        x = x + attn.gated(self.dropout(h))
+        q, k, v = self.project(x, attn, cos=cos, sin=sin)
+        heads = attend_heads(
+            q, k, v, config=self.config, pattern=pattern, layer=layer, kv_cache=kv_cache
+        )
+        return self.add(x, heads, attn, feed_forward)
+
+    # What comes before and after the attention is compiled, see `training.acceleration`: these two
+    # take tensors of fixed shapes, and know no masks, patterns or caches.
+
+    def project(
+        self, x: Tensor, modulation: Modulation, *, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries and keys, and values, each (B, H, T, d), of (B, T, D)."""
+        qkv = self.attn_qkv(modulation.modulate(self.norm1(x)))
+        return split_heads(qkv, n_heads=self.config.n_heads, cos=cos, sin=sin)
+
+    def add(self, x: Tensor, heads: Tensor, attn: Modulation, feed_forward: Modulation) -> Tensor:
+        """x (B, T, D) plus what the heads read (B, T, D), and then plus the feed-forward."""
+        x = x + attn.gated(self.dropout(self.attn_out(heads)))
         h = self.mlp(feed_forward.modulate(self.norm2(x)))
         return x + feed_forward.gated(self.dropout(h))
-
-    def attention(
-        self,
-        h: Tensor,
-        *,
-        cos: Tensor,
-        sin: Tensor,
-        pattern: AttentionPattern,
-        layer: int,
-        kv_cache: KVCache | None,
-    ) -> Tensor:
-        """Multi-head attention on (B, T, D); with a cache, over the cached tokens too."""
-        out = attend_heads(
-            self.attn_qkv(h), config=self.config,
-            cos=cos, sin=sin, pattern=pattern, layer=layer, kv_cache=kv_cache,
-        )  # fmt: skip
-        return self.attn_out(out)
 
     def dropout(self, h: Tensor) -> Tensor:
         return F.dropout(h, p=self.config.dropout, training=self.training)

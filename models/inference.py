@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .dit import DIT, DITBlock, LayerNorm, Modulation, attend_heads, matmul_dtype
+from .dit import DIT, DITBlock, LayerNorm, Modulation, attend_heads, matmul_dtype, split_heads
 from .kv_cache import KVCache
 from .masks import AttentionPattern
 
@@ -177,10 +177,10 @@ class InferenceDIT:
         x = self.network.vocab_embed(indices).float()
         last = len(self.blocks) - 1
         for layer, block in enumerate(self.blocks):
+            q, k, v = split_heads(block.qkv(x), n_heads=self.config.n_heads, cos=cos, sin=sin)
             heads = attend_heads(
-                block.qkv(x), config=self.config,
-                cos=cos, sin=sin, pattern=pattern, layer=layer, kv_cache=kv_cache,
-            )  # fmt: skip
+                q, k, v, config=self.config, pattern=pattern, layer=layer, kv_cache=kv_cache
+            )
             if layer == last and logits_at is not None:
                 x, heads = x[logits_at], heads[logits_at]  # (n_selected, D)
             x = block.add(x, heads)
