@@ -149,7 +149,11 @@ def train(config: DictConfig, *, signals: StopSignals) -> None:
     if resume is not None:
         # Lightning reads it again, but what does not fit is said clearly here.
         load_weights(model, read_weights(resume), use_ema=False)
-    trainer.fit(model, train_loader, valid_loader, ckpt_path=resume, weights_only=True)
+    try:
+        trainer.fit(model, train_loader, valid_loader, ckpt_path=resume, weights_only=True)
+    finally:
+        train_loader.shut_down()
+        valid_loader.shut_down()
     trainer.strategy.checkpoint_io.raise_if_last_failed()
     if trainer.is_global_zero:
         curve = Path("training_curve.png").absolute()

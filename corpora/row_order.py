@@ -106,6 +106,12 @@ class _ResumableLoader(StatefulDataLoader):
                 self._given_out(batch)
                 yield batch
 
+    def shut_down(self) -> None:
+        """End the loading processes, which do not end for signals."""
+        if self.num_workers > 0 and self._iterator is not None:
+            self._iterator._shutdown_workers()
+        self._iterator = None
+
     def _start(self) -> Iterator[Any]:
         """The iterator of a whole epoch, or of what is left of it."""
         handler = signal.getsignal(signal.SIGCHLD)
