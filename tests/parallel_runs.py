@@ -102,14 +102,21 @@ def run(folder: Path, name: str, changes: list[str]) -> None:
         Path(f"error{os.environ.get('RANK', 0)}.txt").write_text(str(error))
 
 
-def start_pair(folder: Path, runs: dict[str, list[str]]) -> list[str]:
+def start_pair(folder: Path, runs: dict[str, list[str]], *, nodes: int = 1) -> list[str]:
     """Carries out runs in two processes; returns what each process printed.
 
     Args:
         folder: has the text of `small_run.write_text`.
         runs: overrides by the name of the run.
+        nodes: 1, or 2 for a process each on what passes for two nodes.
     """
-    (folder / "runs.json").write_text(json.dumps(runs))
+    place = [f"trainer.num_nodes={nodes}", f"trainer.devices={2 // nodes}"]
+    listed = {name: [*changes, *place] for name, changes in runs.items()}
+    (folder / "runs.json").write_text(json.dumps(listed))
+    ranks = [
+        {"RANK": str(r), "NODE_RANK": str(r * (nodes - 1)), "LOCAL_RANK": str(r * (2 - nodes))}
+        for r in range(2)
+    ]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -121,7 +128,7 @@ def start_pair(folder: Path, runs: dict[str, list[str]]) -> list[str]:
     outputs = [(folder / f"output{rank}.txt").open("w+") for rank in range(2)]
     processes = [
         subprocess.Popen(
-            command, env=shared | {"LOCAL_RANK": str(rank), "RANK": str(rank)}, cwd=folder,
+            command, env=shared | ranks[rank], cwd=folder,
             stdout=outputs[rank], stderr=subprocess.STDOUT,
         )
         for rank in range(2)
@@ -145,4 +152,4 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
     place = Path(sys.argv[1])
     for run_name, run_changes in json.loads((place / "runs.json").read_text()).items():
-        run(place, run_name, [*run_changes, "trainer.devices=2"])
+        run(place, run_name, run_changes)

@@ -69,6 +69,7 @@ def folder(tmp_path_factory) -> Path:
         (folder / "printed.json").write_text(
             json.dumps(parallel_runs.start_pair(folder, changes))
         )
+        parallel_runs.start_pair(folder, {"two_nodes": COMMON}, nodes=2)
         alone("one_from_ddp", *resumed(folder, "ddp_half"))
         alone("one_from_fsdp", *resumed(folder, "fsdp_half"))
     return folder
@@ -118,6 +119,13 @@ def test_two_processes_train_like_one_with_twice_the_batch(folder, name):
 @pytest.mark.slow
 def test_fsdp_trains_like_ddp(folder):
     assert_close(folder, "fsdp", "ddp")
+
+
+@pytest.mark.slow
+def test_two_nodes_train_like_one_with_two_devices(folder):
+    """Global batch, ranks and rows are those of all nodes."""
+    one, two = (tensors(checkpoint(folder, name)) for name in ("ddp", "two_nodes"))
+    assert all(torch.equal(two[key], tensor) for key, tensor in one.items())
 
 
 @pytest.mark.slow
