@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from .masks import AttentionPattern, dense_mask, flex_block_mask, is_unrestricted
+from .sliced_attention import sliced_attention
 
 # `flash_attn` is what the original's configs say. It names no library here: like `auto`, it asks
 # for the best backend that this device and pattern have.
@@ -54,10 +55,25 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, *, pattern: AttentionPattern, block_s
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, pattern: AttentionPattern, block_size: int) -> Tensor:
     q_len, kv_len = q.shape[2], k.shape[2]
+    if _suits_slices(q, pattern=pattern):
+        return sliced_attention(q, k, v, pattern=pattern, block_size=block_size)
     if pattern is AttentionPattern.CAUSAL and q_len == kv_len:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     mask = dense_mask(pattern, q_len=q_len, kv_len=kv_len, block_size=block_size, device=q.device)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+# Fewer queries than this are not worth slicing.
+_MANY_QUERIES = 128
+
+
+def _suits_slices(q: Tensor, *, pattern: AttentionPattern) -> bool:
+    """Whether `sliced_attention` is the faster one; measured in benchmarks/README.md."""
+    if q.device.type != "cpu" or q.shape[2] < _MANY_QUERIES:
+        return False
+    # In float32 SDPA is as fast where it knows the pattern without a mask.
+    is_plain = pattern in (AttentionPattern.FULL, AttentionPattern.CAUSAL)
+    return q.dtype == torch.bfloat16 or not is_plain
 
 
 # Shortest keys for which `_few_queries` is the faster one; below it is a draw.
@@ -88,9 +104,9 @@ def attend(
     """softmax(q k^T / sqrt d) v under a pattern.
 
     Args:
-        q: queries (B, H, T, d), the last T of the key positions.
+        q: queries (B, H, T, d); `masks.first_query` says of which positions.
         k, v: keys and values (B, H, S, d), S >= T; S = T without a KV cache.
-        pattern: who sees whom; `BLOCK_DIFFUSION` expects T = S = 2N.
+        pattern: who sees whom; `BLOCK_DIFFUSION` expects S = 2N, and T = S or N.
         block_size: L.
         backend: one of `BACKENDS`.
 
@@ -105,6 +121,10 @@ def attend(
     if is_unrestricted(pattern, q_len=q_len, kv_len=kv_len, block_size=block_size):
         # Nothing to skip, on either backend. FlexAttention would compile anew for each length of a
         # growing cache.
+        if _suits_slices(q, pattern=AttentionPattern.FULL):
+            return sliced_attention(
+                q, k, v, pattern=AttentionPattern.FULL, block_size=block_size
+            )
         if kv_len > max(_MANY_KEYS, 4 * q_len) and _suits_products(q, k):
             return _few_queries(q, k, v)
         return F.scaled_dot_product_attention(q, k, v)

@@ -84,15 +84,24 @@ def is_unrestricted(
     return False
 
 
+def first_query(pattern: AttentionPattern, *, q_len: int, kv_len: int) -> int:
+    """Which position the first query is: queries are the last ones, those of a KV cache's pass.
+
+    Except for `BLOCK_DIFFUSION`: there they are the first, all 2N or the noisy half alone.
+    """
+    return 0 if pattern is AttentionPattern.BLOCK_DIFFUSION else kv_len - q_len
+
+
 @functools.lru_cache(maxsize=16)
 def dense_mask(
     pattern: AttentionPattern, *, q_len: int, kv_len: int, block_size: int, device: torch.device
 ) -> Tensor:
     """The boolean mask of SDPA, (q_len, kv_len), True where a query may see a key.
 
-    The queries are the last `q_len` of the `kv_len` positions (all of them without a KV cache).
+    Which positions the queries are says `first_query`.
     """
-    q = torch.arange(kv_len - q_len, kv_len, device=device)[:, None]
+    first = first_query(pattern, q_len=q_len, kv_len=kv_len)
+    q = torch.arange(first, first + q_len, device=device)[:, None]
     k = torch.arange(kv_len, device=device)[None, :]
     return may_attend(q, k, pattern=pattern, length=kv_len // 2, block_size=block_size)
 
@@ -102,7 +111,7 @@ def flex_block_mask(
     pattern: AttentionPattern, *, q_len: int, kv_len: int, block_size: int, device: torch.device
 ) -> BlockMask:
     """FlexAttention's block-sparse mask of the same pattern; lengths need not be aligned."""
-    offset = kv_len - q_len
+    offset = first_query(pattern, q_len=q_len, kv_len=kv_len)
     length = kv_len // 2
 
     def mask_mod(_batch: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:

@@ -31,11 +31,15 @@ def sees(i: int, j: int, *, pattern: AttentionPattern, length: int, block_size: 
 def brute_force_mask(
     pattern: AttentionPattern, *, q_len: int, kv_len: int, block_size: int
 ) -> Tensor:
-    """The boolean mask (q_len, kv_len), entry by entry; the queries are the last positions."""
+    """The boolean mask (q_len, kv_len), entry by entry.
+
+    The queries are the last positions, of `BLOCK_DIFFUSION` the first.
+    """
     length = kv_len // 2
+    first = 0 if pattern is AttentionPattern.BLOCK_DIFFUSION else kv_len - q_len
     rows = [
         [sees(i, j, pattern=pattern, length=length, block_size=block_size) for j in range(kv_len)]
-        for i in range(kv_len - q_len, kv_len)
+        for i in range(first, first + q_len)
     ]
     return torch.tensor(rows)
 

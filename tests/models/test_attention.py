@@ -24,6 +24,7 @@ CASES = [
     (P.BLOCK_DIFFUSION, 24, 24, 1),
     (P.BLOCK_DIFFUSION, 24, 24, 4),
     (P.BLOCK_DIFFUSION, 24, 24, 12),
+    (P.BLOCK_DIFFUSION, 12, 24, 4),
     (P.BLOCK_DIFFUSION, 260, 260, 10),
 ]
 # Every shape is compiled on its own, for seconds each.
