@@ -64,6 +64,7 @@ def file_exists(path: str) -> bool:
 
 def absolute_path(path: str, *, base: str) -> str:
     """`path` as seen from `base`; URLs (s3://...) and absolute paths stay as they are."""
+    path = path.removeprefix("file://")  # Lightning takes it for a relative path
     if "://" in path:
         return path
     return str((Path(base) / Path(path).expanduser()).absolute())

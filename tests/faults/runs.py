@@ -15,7 +15,6 @@ PROJECT = Path(__file__).resolve().parents[2]
 # Runs main.py after a piece of code that makes something happen at a given moment.
 SCRIPT = """
 import os, signal, sys, threading, time
-sys.argv[0] = "PROJECT/main.py"
 import torch
 import diffusion
 Diffusion = diffusion.Diffusion
@@ -81,10 +80,13 @@ class Run:
 
 
 def kill_at(hook: str, *, step: int, signum: int = signal.SIGKILL, rank: int = 0) -> str:
-    """Preparation: signal the own process when a method of `Diffusion` is called at a step."""
+    """Preparation: signal the own process once, as a method of `Diffusion` is called at a step."""
     return f"""
+struck = False
 def strike(self, *args):
-    if self.global_step == {step} and self.global_rank == {rank}:
+    global struck
+    if self.global_step == {step} and self.global_rank == {rank} and not struck:
+        struck = True
         os.kill(os.getpid(), {int(signum)})
 before(Diffusion, {hook!r}, strike)
 """

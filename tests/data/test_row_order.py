@@ -1,0 +1,109 @@
+"""Which rows form which global batch: by seed and number alone."""
+
+import itertools
+
+import pytest
+
+from corpora.row_order import RowOrder
+from dataloader import get_dataloaders, get_tokenizer
+
+
+def order(num_rows=50, *, batch_size, rank=0, world_size=1, global_batch_size=12, epoch=0):
+    found = RowOrder(num_rows, batch_size=batch_size, global_batch_size=global_batch_size,
+                     rank=rank, world_size=world_size, seed=3)  # fmt: skip
+    found.set_epoch(epoch)
+    return found
+
+
+def global_batches(*, batch_size: int, world_size: int, **options) -> list[set[int]]:
+    """The rows of each optimizer step, of all processes together."""
+    shares = [
+        list(order(batch_size=batch_size, rank=r, world_size=world_size, **options))
+        for r in range(world_size)
+    ]
+    per_step = 12 // world_size
+    return [
+        set(itertools.chain(*(share[i : i + per_step] for share in shares)))
+        for i in range(0, len(shares[0]), per_step)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "world_size"), [(12, 1), (6, 2), (3, 2), (1, 4), (4, 3), (2, 1)]
+)
+def test_global_batches_do_not_depend_on_processes_or_accumulation(batch_size, world_size):
+    for epoch in (0, 1):
+        found = global_batches(batch_size=batch_size, world_size=world_size, epoch=epoch)
+        assert found == global_batches(batch_size=12, world_size=1, epoch=epoch)
+        assert len(found) == 4 and all(len(batch) == 12 for batch in found), "2 of 50 are left out"
+        assert len(set().union(*found)) == 48
+        assert {row // 50 for row in set().union(*found)} == {epoch}
+    assert len(order(batch_size=batch_size, world_size=world_size)) == 48 // world_size
+
+
+def test_fewer_rows_than_a_global_batch():
+    """Such an epoch is one smaller step, of as many rows as all processes can share."""
+    assert len(list(order(11, batch_size=2, world_size=2))) == 4
+    assert len(list(order(11, batch_size=5))) == 10
+
+
+def test_epochs_differ_and_a_seed_repeats():
+    first, second = (list(order(batch_size=12, epoch=epoch)) for epoch in (0, 1))
+    assert first == list(order(batch_size=12)) and first != [row - 50 for row in second]
+
+
+def test_setting_the_same_epoch_keeps_the_position():
+    """Lightning names the epoch after the position has been restored."""
+    found = order(batch_size=4)
+    whole, found.first_row = list(found), 12
+    found.set_epoch(0)
+    assert list(found) == whole[12:]
+    found.set_epoch(1)
+    assert len(list(found)) == 48
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_one_then_two_then_one_process(local_config, num_workers):
+    """A job that resumes on another number of GPUs repeats no row and loses none."""
+
+    def loaders(world_size: int, batch_size: int, workers: int):
+        config = local_config("loader.global_batch_size=8", f"loader.batch_size={batch_size}",
+                              f"loader.num_workers={workers}")  # fmt: skip
+        tokenizer = get_tokenizer(config)
+        return [
+            get_dataloaders(config, tokenizer, rank=r, world_size=world_size, skip_valid=True)[0]
+            for r in range(world_size)
+        ]
+
+    def take(loaders_of_all, steps: int) -> tuple[list[set], dict]:
+        """The rows of the next optimizer steps, and the position behind them."""
+        iterators = [iter(loader) for loader in loaders_of_all]
+        per_step = 8 // (len(iterators) * loaders_of_all[0].batch_size)
+        found = []
+        for _ in range(steps):
+            batches = [next(it)["input_ids"] for it in iterators for _ in range(per_step)]
+            found.append({tuple(row.tolist()) for batch in batches for row in batch})
+        states = [loader.state_dict() for loader in loaders_of_all]
+        assert all(state == states[0] for state in states), "one position for all"
+        return found, states[0]
+
+    expected, _ = take(loaders(1, 8, 0), 9)
+    found, state = take(loaders(1, 4, num_workers), 3)
+    for world_size, batch_size in ((2, 2), (1, 8)):
+        resumed = loaders(world_size, batch_size, num_workers if world_size == 1 else 0)
+        for loader in resumed:
+            loader.load_state_dict(state)
+        more, state = take(resumed, 3)
+        found += more
+    assert found == expected
+    assert all(len(batch) == 8 for batch in found) and len(set().union(*found)) == 72
+
+
+def test_position_before_batches_that_were_read_ahead(local_config):
+    config = local_config("loader.global_batch_size=4", "loader.batch_size=4")
+    train, _ = get_dataloaders(config, get_tokenizer(config), skip_valid=True)
+    batches = iter(train)
+    for _ in range(3):
+        next(batches)
+    assert train.state_dict() == {"epoch": 0, "first_row": 12}
+    assert train.state_dict(unused=1) == {"epoch": 0, "first_row": 8}

@@ -1,0 +1,113 @@
+"""Signals: the step is finished, the state saved, the Slurm job requeued, the process gone."""
+
+import os
+import signal
+import stat
+
+import pytest
+
+from tests.faults.runs import Run, assert_same_training, kill_at
+from tests.small_run import ALGOS
+from training.signals import Interrupted, StopSignals
+
+
+@pytest.fixture
+def scontrol(tmp_path):
+    """A stand-in for Slurm's command; returns the environment of a job, and what was asked."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    program = folder / "scontrol"
+    program.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n[ "$2" = 77 ]\n')
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    path = f"{folder}:{os.environ['PATH']}"
+    return lambda job: {"PATH": path, "SLURM_JOB_ID": job, "SLURM_JOB_NAME": "bash"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("signum", "hook"),
+    [
+        (signal.SIGTERM, "training_step"),
+        (signal.SIGINT, "training_step"),
+        (signal.SIGUSR1, "training_step"),
+        (signal.SIGTERM, "validation_step"),
+    ],
+)
+def test_stops_after_the_step_and_goes_on(signum, hook, tmp_path):
+    """The signal comes in the first of the two batches of a step, or in a validation."""
+    changes = [*ALGOS["bd3lm"], "loader.batch_size=2", "loader.num_workers=1",
+               "trainer.val_check_interval=8", "trainer.max_steps=6",
+               "callbacks.checkpoint_every_n_steps.every_n_train_steps=500"]  # fmt: skip
+    run = Run(tmp_path / "interrupted", *changes)
+    output = run.run(expected=128 + signum, preparation=kill_at(hook, step=4, signum=signum))
+    assert f"stopped by {signum.name}; the same command goes on" in output
+    assert run.last()["global_step"] == (5 if hook == "training_step" else 4)
+    run.run()
+    straight = Run(tmp_path / "straight", *changes)
+    straight.run()
+    assert_same_training(straight.last(), run.last())
+
+
+@pytest.mark.slow
+def test_a_slurm_job_is_requeued(tmp_path, scontrol):
+    """Only after SIGUSR1: SIGTERM comes with scancel, and preemption requeues by itself."""
+    run = Run(tmp_path, "algo=mdlm")
+    usr1 = kill_at("training_step", step=1, signum=signal.SIGUSR1)
+    output = run.run(expected=128 + signal.SIGUSR1, preparation=usr1, **scontrol("77"))
+    assert "Slurm job 77 is requeued" in output
+    assert (tmp_path / "asked").read_text() == "requeue 77\n"
+    term = kill_at("training_step", step=2, signum=signal.SIGTERM)
+    run.run(expected=128 + signal.SIGTERM, preparation=term, **scontrol("77"))
+    assert (tmp_path / "asked").read_text() == "requeue 77\n"
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together(tmp_path):
+    """One of them is told; both finish the step."""
+    changes = ["algo=mdlm", "trainer.devices=2", "strategy=ddp"]
+    run = Run(tmp_path, *changes)
+    stop = kill_at("training_step", step=1, signum=signal.SIGTERM, rank=1)
+    run.run(expected=128 + signal.SIGTERM, preparation=stop)
+    assert run.last()["global_step"] == 2
+    run.run()
+    assert run.last()["global_step"] == 4
+
+
+def test_before_training_there_is_nothing_to_wait_for(monkeypatch, tmp_path, scontrol):
+    """While data are prepared SIGUSR1 ended the process, and the job was not requeued."""
+    for name, value in scontrol("77").items():
+        monkeypatch.setenv(name, value)
+    handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    try:
+        with pytest.raises(Interrupted, match="SIGUSR1") as stopped, StopSignals():
+            os.kill(os.getpid(), signal.SIGUSR1)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN, "Slurm's answer to requeueing"
+    finally:
+        for signum, handler in zip((signal.SIGTERM, signal.SIGINT), handlers, strict=True):
+            signal.signal(signum, handler)
+    assert stopped.value.exit_code == 128 + signal.SIGUSR1
+    assert (tmp_path / "asked").read_text() == "requeue 77\n"
+
+
+def test_only_a_second_ctrl_c_does_not_wait():
+    with StopSignals() as signals:
+        signals.is_patient = True
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.received == signal.SIGTERM
+        with pytest.raises(Interrupted, match="SIGINT"):
+            os.kill(os.getpid(), signal.SIGINT)
+        signals.received = None
+
+
+def test_what_slurm_refuses_is_said(monkeypatch, scontrol, caplog):
+    for name, value in scontrol("13").items():
+        monkeypatch.setenv(name, value)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(Interrupted), StopSignals() as signals:
+            signals.is_patient = True
+            os.kill(os.getpid(), signal.SIGUSR1)  # training ends before it can react
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "Slurm job 13 is not requeued" in caplog.text
