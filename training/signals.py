@@ -4,6 +4,7 @@ Slurm announces the end of a job's time with SIGUSR1 (`#SBATCH --signal=SIGUSR1@
 preempted or cancelled job with SIGTERM; a terminal sends SIGINT for Ctrl-C.
 """
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -176,6 +177,8 @@ def ignore_stop_signals(worker_id: int) -> None:
 
     Slurm signals every process of a job, and so does Ctrl-C; the step could not be finished.
     """
+    if os.getppid() != multiprocessing.parent_process().pid:
+        os._exit(1)  # the trainer was killed just now; torch's watch over it begins too late
     for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda signum, frame: signal.alarm(_WORKER_GRACE))
