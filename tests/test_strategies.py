@@ -57,6 +57,8 @@ def folder(tmp_path_factory) -> Path:
             "ddp_from_one": resumed(folder, "one_half"),
             "fsdp": ["strategy=fsdp", "then=[ppl_eval,sample_eval]"],
             "fsdp_accumulated": ["strategy=fsdp", *ACCUMULATED],
+            "ddp_bf16": ["trainer.precision=bf16"],
+            "fsdp_bf16": ["strategy=fsdp", "trainer.precision=bf16"],
             "fsdp_half": ["strategy=fsdp", *HALF],
             "fsdp_from_one": ["strategy=fsdp", *resumed(folder, "one_half")],
             "drawn": [],
@@ -117,8 +119,10 @@ def test_two_processes_train_like_one_with_twice_the_batch(folder, name):
 
 
 @pytest.mark.slow
-def test_fsdp_trains_like_ddp(folder):
-    assert_close(folder, "fsdp", "ddp")
+@pytest.mark.parametrize("precision", ["", "_bf16"])
+def test_fsdp_trains_like_ddp(folder, precision):
+    """In mixed bf16 too: weights are sent and summed in float32."""
+    assert_close(folder, f"fsdp{precision}", f"ddp{precision}")
 
 
 @pytest.mark.slow

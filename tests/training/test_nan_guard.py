@@ -1,11 +1,16 @@
 """A loss that is no number: the training stops, nothing is saved of it, the batch is."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from tests.conftest import PROJECT
 from tests.small_module import batches, module, trainer
-from tests.small_run import ALGOS
+from tests.small_run import ALGOS, overrides, write_text
 from training.nan_guard import NanGuard, NonFiniteLossError
 
 
@@ -83,3 +88,19 @@ def test_a_healthy_training_goes_on_and_is_not_waited_for(build, tmp_path, monke
     run.fit(build(), batches(8), batches(1, seed=1))
     assert run.global_step == 8 and not list(tmp_path.glob("nonfinite*"))
     assert len(checks) == 3, "after steps 4 and 8, and at the end"
+
+
+@pytest.mark.slow
+def test_the_command_fails_and_says_where_the_batch_is(tmp_path):
+    """With a learning rate that no network survives."""
+    write_text(tmp_path)
+    done = subprocess.run(
+        [sys.executable, PROJECT / "main.py", *overrides(tmp_path, *ALGOS["ar"]),
+         "optim.lr=1e30", "trainer.gradient_clip_val=null", f"hydra.run.dir={tmp_path}/run"],
+        cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "The loss became NaN or infinite at batch" in done.stdout
+    assert "Traceback" not in done.stderr
+    kept = torch.load(tmp_path / "run/nonfinite_rank0.pt", weights_only=True)
+    assert kept["input_ids"].shape == (4, 32)
