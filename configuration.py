@@ -57,6 +57,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "algo.sampler": ("ar", "semi_ar", "analytic"),
     "noise.type": ("loglinear", "square", "square_root", "log", "cosine"),
     "model.attn_backend": ("flash_attn", "auto", "flex", "sdpa"),
+    "training.activation_checkpointing": ("none", "blocks"),
     "logger.name": ("wandb", "tensorboard", "csv"),
     "trainer.accelerator": ("auto", "cpu", "cuda", "gpu"),
 }
@@ -199,6 +200,13 @@ def _flags(config: DictConfig) -> Problems:
     for key in _FLAGS:
         if type(_value(config, key)) is not bool:
             yield key, "allowed are true and false"
+
+
+def _compile(config: DictConfig) -> Problems:
+    """A switch that may also be left to the device."""
+    value = config["training"]["compile"]
+    if type(value) is not bool and value != "auto":
+        yield "training.compile", "allowed are true, false and auto"
 
 
 def _fractions(config: DictConfig) -> Problems:
@@ -411,6 +419,7 @@ RULES: tuple[Callable[[DictConfig], Problems], ...] = (
     _devices,
     _numbers,
     _flags,
+    _compile,
     _fractions,
     _block_divides_length,
     _head_size,

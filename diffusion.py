@@ -29,9 +29,11 @@ from sampling.base import SamplerOutput, blank_canvas
 from sampling.options import SamplingOptions, make_sampler
 from sampling.rows import draw_rows
 from seeds import TRAIN_STREAM, VALIDATION_STREAM, derive_seed
+from training.acceleration import checkpoint_layers, compile_layers, is_compiled
 from training.checkpointing import Weights, load_weights, read_weights
 from training.compatibility import check_same_model, check_sizes, print_what_changes
 from training.description import from_run_config
+from training.optimizer import fused_adamw
 
 
 class Diffusion(L.LightningModule):
@@ -182,7 +184,15 @@ class Diffusion(L.LightningModule):
     # --- training --------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
-        """Spreads the weights over the processes where the strategy made a mesh of them."""
+        """Changes how the network computes: checkpointed, compiled, its weights spread.
+
+        They are spread over the processes where the strategy made a mesh of them.
+        """
+        training = self.config.training
+        if training.activation_checkpointing == "blocks":
+            checkpoint_layers(self.backbone)
+        if is_compiled(training.compile, device=self.trainer.strategy.root_device):
+            compile_layers(self.backbone)
         if self.device_mesh is not None:
             shard(self.backbone, self.device_mesh["data_parallel"])
 
@@ -204,7 +214,7 @@ class Diffusion(L.LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW, and the schedule of `lr_scheduler` stepped after every optimizer step."""
         optim = self.config.optim
-        optimizer = torch.optim.AdamW(
+        optimizer = fused_adamw(
             self.backbone.parameters(),
             lr=optim.lr,
             betas=(optim.beta1, optim.beta2),

@@ -96,6 +96,8 @@ def test_new_keys(compose):
     assert config["eval"]["results_path"] is None
     assert config["eval"]["allow_missing"] == []
     assert config["then"] == []
+    assert config["training"]["compile"] == "auto"
+    assert config["training"]["activation_checkpointing"] == "none"
     assert "offline" not in config["wandb"], "the scripts add wandb.offline with a plus"
 
 
@@ -236,6 +238,18 @@ def test_targets_exist(compose):
         for key, value in leaves(compose(override)).items():
             if key.endswith("_target_"):
                 assert callable(get_object(value)), value
+
+
+@pytest.mark.parametrize(
+    ("override", "allowed"),
+    [
+        ("training.compile=fast", "allowed are true, false and auto"),
+        ("training.activation_checkpointing=all", "allowed are none, blocks"),
+    ],
+)
+def test_wrong_acceleration(compose, override, allowed):
+    with pytest.raises(ValueError, match=f"{override}: {allowed}"):
+        configuration.validate(compose([override]))
 
 
 def test_cosine_schedule_ends_with_the_run(compose):

@@ -1,0 +1,51 @@
+"""`training.compile` and `training.activation_checkpointing`, put on the network from outside.
+
+Both replace methods of single layers and no module, so that the names of weights stay.
+
+Layers are compiled, not the network: all of them share two graphs, so the time that compiling takes
+does not grow with their number, and the kernels are those of a whole graph. Attention stays outside
+of the graphs. FlexAttention compiles itself, the CPU's slices and SDPA are single operators, and
+their masks come out of a cache that a compiler would not know and build in every step. Outside are
+also the head and the loss, which have as many rows as there are masked tokens: other shapes in
+every step.
+"""
+
+import functools
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from models.dit import DIT
+
+# Training, validation and the last batches of a data set have their own shapes and modes. The
+# default, 8, could end a training.
+_MAX_GRAPHS = 64
+
+
+def is_compiled(setting: bool | str, *, device: torch.device) -> bool:
+    """Whether `training.compile` (true, false or auto) compiles on a device.
+
+    On a CPU compiling takes longer than it saves in a short run: only where asked for.
+    """
+    return device.type == "cuda" if setting == "auto" else bool(setting)
+
+
+def compile_layers(network: DIT) -> None:
+    """Compile the layers in place, with static shapes; doing it again changes nothing."""
+    compiled = functools.partial(
+        torch.compile, fullgraph=True, dynamic=False, recompile_limit=_MAX_GRAPHS
+    )
+    for block in network.blocks:
+        if "project" not in vars(block):
+            block.project, block.add = compiled(block.project), compiled(block.add)
+
+
+def checkpoint_layers(network: DIT) -> None:
+    """Keep of each layer its input alone; the backward pass computes the rest once more.
+
+    Random numbers are drawn again as they were: gradients are the same, with dropout too. Doing it
+    again changes nothing.
+    """
+    for block in network.blocks:
+        if "forward" not in vars(block):
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
