@@ -6,17 +6,18 @@ Three parameterizations (paper sections 2 and 3, and the SEDD paper, arXiv 2310.
 - `sedd`: the log score, log of the ratio p_t(y) / p_t(x_t) of each token y.
 - `ar`: log p of the next token.
 
-Only masked positions carry loss in the diffusion objectives, so only their logits are computed.
+Only masked positions carry loss in the diffusion objectives, so only their logits are computed, and
+never all of them at once.
 """
 
 import math
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.dit import DIT
+from models.chunked_head import NEG_INFINITY, TargetScores
+from models.dit import DIT, Target
 from models.inference import InferenceDIT
 from models.kv_cache import KVCache
 from models.masks import AttentionPattern
@@ -24,8 +25,6 @@ from models.static_inference import StaticInferenceDIT
 from noise_schedule import NoiseValues
 
 PARAMETERIZATIONS = ("subs", "sedd", "ar")
-# Stands for minus infinity where arithmetic with infinities would make NaN.
-NEG_INFINITY = -1e6
 
 
 def without_mask_token(logits: Tensor, *, mask_index: int) -> Tensor:
@@ -47,6 +46,11 @@ def subs_log_probs(logits: Tensor, *, x_t: Tensor, mask_index: int) -> Tensor:
     return torch.where((x_t == mask_index)[..., None], log_p, known)
 
 
+def log_expm1(sigma: Tensor) -> Tensor:
+    """log(e^sigma - 1), in the form that neither over- nor underflows."""
+    return sigma + torch.log(-torch.expm1(-sigma))
+
+
 def sedd_log_score(logits: Tensor, *, x_t: Tensor, sigma: Tensor) -> Tensor:
     """log of the ratio p_t(y) / p_t(x_t), (..., V); 0 at y = x_t.
 
@@ -55,27 +59,25 @@ def sedd_log_score(logits: Tensor, *, x_t: Tensor, sigma: Tensor) -> Tensor:
         x_t: observed tokens (...).
         sigma: total noise, broadcastable to x_t.
     """
-    # log(e^sigma - 1), in the form that neither over- nor underflows
-    log_expm1 = sigma + torch.log(-torch.expm1(-sigma))
-    score = logits.float() - log_expm1[..., None] - math.log(logits.shape[-1] - 1)
+    score = logits.float() - log_expm1(sigma)[..., None] - math.log(logits.shape[-1] - 1)
     return score.scatter(-1, x_t[..., None], 0.0)
 
 
-def score_entropy(log_score: Tensor, *, x_0: Tensor, sigma: Tensor, mask_index: int) -> Tensor:
+def score_entropy(scores: TargetScores, *, sigma: Tensor, vocab_size: int) -> Tensor:
     """Score entropy at masked positions (SEDD paper, eq. 5 for the absorbing process).
 
     sum over y != mask of e^score(y), minus q score(x_0), plus q (log q - 1), q = 1 / (e^sigma - 1).
+    The score of y is its logit minus log(e^sigma - 1) and log(V - 1).
 
     Args:
-        log_score: (..., V) at positions that are masked.
-        x_0: the tokens behind the masks (...).
-        sigma: total noise (...).
+        scores: logits of the tokens behind the masks, and their log-sums without the mask token.
+        sigma: total noise (n,).
+        vocab_size: V.
     """
     ratio = 1 / torch.expm1(sigma)
-    scores = log_score.exp()
-    positive = scores.sum(dim=-1) - scores[..., mask_index]
-    true_score = log_score.gather(-1, x_0[..., None]).squeeze(-1)
-    return positive - ratio * true_score + ratio * (ratio.log() - 1)
+    offset = log_expm1(sigma) + math.log(vocab_size - 1)
+    positive = (scores.log_sum - offset).exp()
+    return positive - ratio * (scores.target - offset) + ratio * (ratio.log() - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +114,24 @@ class Denoiser:
             pattern=pattern,
             kv_cache=kv_cache,
             logits_at=logits_at,
+        )
+
+    def target_scores(
+        self,
+        x: Tensor,
+        sigma: Tensor | None = None,
+        *,
+        tokens: Tensor,
+        pattern: AttentionPattern,
+        logits_at: Tensor | None = None,
+    ) -> TargetScores:
+        """What a loss needs to know of the logits of `tokens`; arguments as in `DIT.forward`."""
+        return self.backbone(
+            x,
+            sigma if self.time_conditioning else None,
+            pattern=pattern,
+            logits_at=logits_at,
+            target=Target(tokens, self.mask_index),
         )
 
     def for_sampling(self, *, compiled: bool = False) -> "Denoiser":
@@ -161,10 +181,9 @@ class Denoiser:
 
 def ar_token_losses(denoiser: Denoiser, x_0: Tensor) -> Tensor:
     """-log p(x_{i+1} | x_{<=i}), (B, N - 1), for tokens (B, N)."""
-    logits = denoiser.logits(x_0[:, :-1], pattern=AttentionPattern.CAUSAL)
-    logits = without_mask_token(logits, mask_index=denoiser.mask_index)
-    losses = F.cross_entropy(logits.flatten(0, 1), x_0[:, 1:].flatten(), reduction="none")
-    return losses.view_as(x_0[:, 1:])
+    tokens = x_0[:, 1:]
+    scores = denoiser.target_scores(x_0[:, :-1], tokens=tokens, pattern=AttentionPattern.CAUSAL)
+    return -scores.log_p.view_as(tokens)
 
 
 def diffusion_token_losses(
@@ -194,24 +213,20 @@ def diffusion_token_losses(
     is_block_diffusion = pattern is AttentionPattern.BLOCK_DIFFUSION
     masked = x_t == denoiser.mask_index
     sigma = (-torch.log1p(-values.move_chance)).clamp(max=sigma_max)
-    logits = denoiser.logits(
+    scores = denoiser.target_scores(
         torch.cat((x_t, x_0), dim=1) if is_block_diffusion else x_t,
         sigma.squeeze(1) if sigma.shape[1] == 1 else sigma,
+        tokens=x_0[masked],
         pattern=pattern,
         logits_at=masked,
-    )  # (n_masked, V)
-    target = x_0[masked]
+    )  # each (n_masked,)
     scaling = values.loss_scaling.expand_as(x_0)[masked]
     if denoiser.parameterization == "sedd":
         sigma = sigma.expand_as(x_0)[masked]
-        log_score = sedd_log_score(logits, x_t=x_t[masked], sigma=sigma)
-        entropy = score_entropy(
-            log_score, x_0=target, sigma=sigma, mask_index=denoiser.mask_index
-        )
+        entropy = score_entropy(scores, sigma=sigma, vocab_size=denoiser.backbone.config.vocab_size)
         terms = -scaling * torch.expm1(sigma) * entropy
     else:
-        logits = without_mask_token(logits, mask_index=denoiser.mask_index)
-        terms = -scaling * F.cross_entropy(logits, target, reduction="none")
+        terms = scaling * scores.log_p
     return terms.new_zeros(x_0.shape).masked_scatter(masked, terms)
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import attend
+from .chunked_head import TargetScores, target_scores
 from .kv_cache import KVCache
 from .masks import AttentionPattern
 from .rotary import Rotary, rotate
@@ -73,6 +74,10 @@ class Modulation(NamedTuple):
     def gated(self, x: Tensor) -> Tensor:
         return x if self.gate is None else x * self.gate
 
+    def first(self, num_tokens: int) -> "Modulation":
+        """Of the first tokens alone; a slice of one row for all is that row."""
+        return Modulation(*(part if part is None else part[:, :num_tokens] for part in self))
+
 
 IDENTITY = Modulation(None, None, None)
 
@@ -82,6 +87,18 @@ def matmul_dtype(weight: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(weight.device.type):
         return torch.get_autocast_dtype(weight.device.type)
     return weight.dtype
+
+
+class Target(NamedTuple):
+    """The tokens that a loss asks for, where it needs no other logits.
+
+    Attributes:
+        tokens: ids (n_selected,), or (B, T) without a selection.
+        excluded: id of a token that has no probability: the mask.
+    """
+
+    tokens: Tensor
+    excluded: int
 
 
 class EmbeddingLayer(nn.Module):
@@ -180,10 +197,17 @@ class DITBlock(nn.Module):
         pattern: AttentionPattern,
         layer: int,
         kv_cache: KVCache | None,
+        num_outputs: int | None = None,
     ) -> Tensor:
-        """One layer on (B, T, D); `cos` and `sin` as `Rotary` makes them."""
+        """One layer on (B, T, D); `cos` and `sin` as `Rotary` makes them.
+
+        With `num_outputs` only the first ones come out; the others have been keys and values.
+        """
         attn, feed_forward = self.modulations(condition)
         q, k, v = self.project(x, attn, cos=cos, sin=sin)
+        if num_outputs is not None:
+            attn, feed_forward = attn.first(num_outputs), feed_forward.first(num_outputs)
+            q, x = q[:, :, :num_outputs], x[:, :num_outputs]
         heads = attend_heads(
             q, k, v, config=self.config, pattern=pattern, layer=layer, kv_cache=kv_cache
         )
@@ -231,11 +255,31 @@ class OutputLayer(nn.Module):
         return Modulation(*self.adaLN_modulation(condition).chunk(2, dim=-1), None)
 
     def forward(
-        self, x: Tensor, *, condition: Tensor | None, logits_at: Tensor | None
-    ) -> Tensor:
-        """(B, T, D) -> (B, T, V), or (n_selected, V) for a boolean `logits_at` (B, T)."""
+        self,
+        x: Tensor,
+        *,
+        condition: Tensor | None,
+        logits_at: Tensor | None = None,
+        target: Target | None = None,
+    ) -> Tensor | TargetScores:
+        """(B, T, D) -> (B, T, V), or (n_selected, V) for a boolean `logits_at` (B, T).
+
+        With a target, the scores of its tokens at these positions instead.
+        """
+        if logits_at is not None:
+            x = x[logits_at]
+            if condition is not None:
+                condition = condition.expand(*logits_at.shape, -1)[logits_at]
         x = self.modulation(condition).modulate(self.norm_final(x))
-        return self.linear(x if logits_at is None else x[logits_at])
+        if target is None:
+            return self.linear(x)
+        return target_scores(
+            x.flatten(0, -2).to(matmul_dtype(self.linear.weight)),
+            self.linear.weight,
+            self.linear.bias,
+            targets=target.tokens.flatten(),
+            excluded=target.excluded,
+        )
 
 
 class DIT(nn.Module):
@@ -260,7 +304,8 @@ class DIT(nn.Module):
         kv_cache: KVCache | None = None,
         positions: Tensor | None = None,
         logits_at: Tensor | None = None,
-    ) -> Tensor:
+        target: Target | None = None,
+    ) -> Tensor | TargetScores:
         """Predict the clean token at each position.
 
         Args:
@@ -273,13 +318,14 @@ class DIT(nn.Module):
             positions: rotary positions (T,) or (B, T); by default they count on from the cache,
                 and both halves of `BLOCK_DIFFUSION` count from 0.
             logits_at: boolean (B, N), compute logits only there.
+            target: return the scores of these tokens instead, without holding all logits.
 
         Returns:
             Logits (B, T, V), for `BLOCK_DIFFUSION` (B, N, V); with `logits_at` (n_selected, V).
+            With `target` its scores, as many.
         """
-        num_outputs = indices.shape[1]
-        if pattern is AttentionPattern.BLOCK_DIFFUSION:
-            num_outputs //= 2
+        is_pair = pattern is AttentionPattern.BLOCK_DIFFUSION
+        num_outputs = indices.shape[1] // 2 if is_pair else indices.shape[1]
         if positions is None:
             start = 0 if kv_cache is None else kv_cache.num_tokens
             positions = torch.arange(start, start + indices.shape[1], device=indices.device)
@@ -287,16 +333,17 @@ class DIT(nn.Module):
         cos, sin = self.rotary_emb(positions)
         condition = self.condition(sigma, indices=indices)
 
-        x = self.vocab_embed(indices)
+        x, last = self.vocab_embed(indices), len(self.blocks) - 1
         for layer, block in enumerate(self.blocks):
             x = block(
                 x, condition=condition, cos=cos, sin=sin,
                 pattern=pattern, layer=layer, kv_cache=kv_cache,
+                # After the last layer the clean half has done its work: it was seen.
+                num_outputs=num_outputs if is_pair and layer == last else None,
             )  # fmt: skip
-        x = x[:, :num_outputs]  # the clean half has done its work: it was seen
         if condition is not None and condition.shape[1] > 1:
             condition = condition[:, :num_outputs]
-        return self.output_layer(x, condition=condition, logits_at=logits_at)
+        return self.output_layer(x, condition=condition, logits_at=logits_at, target=target)
 
     def make_cache(
         self,

@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
+from models.chunked_head import TargetScores
 from objectives import (
+    log_expm1,
     masked_mean,
     score_entropy,
     sedd_log_score,
@@ -102,14 +104,21 @@ def entropy_by_loop(log_score: list[float], x_0: int, sigma: float) -> float:
     return total - q * log_score[x_0] + q * (math.log(q) - 1)
 
 
+def scores_of(log_score: torch.Tensor, x_0: torch.Tensor, sigma: torch.Tensor) -> TargetScores:
+    """What the network's head says where these (n, V) are the log scores."""
+    logits = log_score + log_expm1(sigma)[:, None] + math.log(V - 1)
+    logits[:, MASK] = -torch.inf
+    return TargetScores(logits.gather(-1, x_0[:, None])[:, 0], logits.logsumexp(dim=-1))
+
+
 class TestScoreEntropy:
     @pytest.mark.parametrize("sigma", [0.01, 0.7, SIGMA_MAX])
     def test_equals_a_loop(self, sigma):
         log_score = torch.randn(5, V, generator=generator(), dtype=torch.float64)
         x_0 = random_tokens(5)
-        found = score_entropy(
-            log_score, x_0=x_0, sigma=torch.full((5,), sigma, dtype=torch.float64), mask_index=MASK
-        )
+        sigmas = torch.full((5,), sigma, dtype=torch.float64)
+        scores = scores_of(log_score, x_0, sigmas)
+        found = score_entropy(scores, sigma=sigmas, vocab_size=V)
         for i in range(5):
             expected = entropy_by_loop(log_score[i].tolist(), x_0[i].item(), sigma)
             assert math.isclose(found[i], expected, rel_tol=1e-9)
@@ -120,12 +129,16 @@ class TestScoreEntropy:
         q = 1 / torch.expm1(sigma)
         scores = torch.full((1, V), 1e-300, dtype=torch.float64)
         scores[0, 4] = q
-        options = {"x_0": torch.tensor([4]), "sigma": sigma, "mask_index": MASK}
-        assert abs(score_entropy(scores.log(), **options).item()) < 1e-12
+
+        def entropy(scores: torch.Tensor) -> float:
+            found = scores_of(scores.log(), torch.tensor([4]), sigma)
+            return score_entropy(found, sigma=sigma, vocab_size=V).item()
+
+        assert abs(entropy(scores)) < 1e-12
         for factor in (0.5, 2.0):
             other = scores.clone()
             other[0, 4] = factor * q
-            assert score_entropy(other.log(), **options).item() > 0.1
+            assert entropy(other) > 0.1
 
 
 def test_masked_mean_counts_the_mask():
