@@ -4,7 +4,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from benchmarks.steps import Job
 from models.attention import BACKENDS
 
 ALGOS = ("ar", "mdlm", "sedd", "bd3lm")
+WIDTH = 110  # of a table: a narrower one would cut figures off
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--against", choices=("reference",), help="what the original does")
     parser.add_argument("--precision", choices=DTYPES, nargs="+", default=["bf16", "float32"])
     parser.add_argument("--attn-backend", choices=BACKENDS, nargs="+", default=["auto"])
-    parser.add_argument("--compile", action="store_true", help="training.compile=true, ours alone")
+    parser.add_argument("--compile", choices=("auto", "true", "false"), nargs="?", default="auto",
+                        const="true", help="training.compile, of ours alone")  # fmt: skip
     parser.add_argument("--device", default="cuda" if has_gpu else "cpu")
     parser.add_argument("--warmup", type=int, default=3 if has_gpu else 1, help="steps not timed")
     parser.add_argument("--steps", type=int, default=10 if has_gpu else 2, help="per round")
@@ -99,10 +101,13 @@ def jobs_of(arguments: argparse.Namespace, *, work: str) -> dict[str, Job]:
     return jobs
 
 
-def run_rounds(jobs: dict[str, Job], *, rounds: int) -> dict[str, Result]:
+def run_rounds(jobs: dict[str, Job], *, rounds: int) -> Iterator[dict[str, Result]]:
     """Time all jobs in turns, so that what else the machine does falls on each alike.
 
     A job that fails is named and left out.
+
+    Yields:
+        The results so far, by name, after each job.
     """
     results: dict[str, Result] = {}
     failed = set()
@@ -119,7 +124,7 @@ def run_rounds(jobs: dict[str, Job], *, rounds: int) -> dict[str, Result]:
                 results.pop(name, None)
                 continue
             results[name] = results[name].joined(result) if name in results else result
-    return results
+            yield results
 
 
 def figures(jobs: dict[str, Job], results: dict[str, Result]) -> list[Figures]:
@@ -148,34 +153,40 @@ def figures(jobs: dict[str, Job], results: dict[str, Result]) -> list[Figures]:
     return rows
 
 
-def report(
-    jobs: dict[str, Job],
-    results: dict[str, Result],
-    *,
-    title: str,
-    device: str,
-    json_file: Path | None,
-    batches: int | None = None,
+def compare(
+    arguments: argparse.Namespace, *, work: str, title: str, batches: int | None = None
 ) -> None:
-    """Print the table, and write the JSON where wanted.
+    """Time all rows, print the table, and write the JSON where wanted (after each row anew).
 
     Args:
-        jobs, results: by name.
-        title: of the table.
-        device: where it was measured.
-        json_file: None: nowhere.
+        arguments: of the command line.
+        work: of the jobs.
+        title: what that is in words.
         batches: also tell the seconds of so many steps.
     """
-    where = description(torch.device(device))
-    rows = figures(jobs, results)
-    print_figures(rows, where, title=title, batches=batches)
-    if json_file is not None:
+    where = description(torch.device(arguments.device))
+    blocks = f", L = {arguments.block_size}" if arguments.algo == "bd3lm" else ""
+    title += (
+        f": {arguments.algo}, {arguments.model}, N = {arguments.length}{blocks}, "
+        f"batch {arguments.batch_size}, compile={arguments.compile}"
+    )
+    jobs = jobs_of(arguments, work=work)
+    rows = []
+    for results in run_rounds(jobs, rounds=arguments.rounds):
+        rows = figures(jobs, results)
         full = [
             asdict(row) | {"job": asdict(jobs[row.name]), "result": asdict(results[row.name])}
             for row in rows
         ]
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(where | {"title": title, "rows": full}, indent=2) + "\n")
+        if arguments.json is not None:
+            write_json(arguments.json, where | {"title": title, "rows": full})
+    print_figures(rows, where, title=title, batches=batches)
+
+
+def write_json(path: Path, record: dict) -> None:
+    """Write a record, into a folder that need not exist."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def print_figures(
@@ -185,12 +196,12 @@ def print_figures(
     caption = ", ".join(f"{key} {value}" for key, value in where.items() if key != "command")
     table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
     table.add_column("", no_wrap=True)
-    headings = ["s/step", "tokens/s", "x reference", "peak MB", "of reference", "model TFLOP",
-                "of peak"]  # fmt: skip
+    headings = ["s per\nstep", "tokens\nper s", "times\nref.", "peak\nMB", "of\nref.",
+                "model\nTFLOP", "of\npeak"]  # fmt: skip
     if batches is not None:
-        headings.insert(1, f"s/{batches} batches")
+        headings.insert(1, f"s per\n{batches}")
     for heading in headings:
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         cells = [
             f"{row.seconds:.3g}",
@@ -204,14 +215,4 @@ def print_figures(
         if batches is not None:
             cells.insert(1, f"{row.seconds * batches:,.3g}")
         table.add_row(row.name, *cells)
-    Console().print(table)
-
-
-def title_of(arguments: argparse.Namespace, *, work: str) -> str:
-    """What was timed, for the head of a table."""
-    blocks = f", L = {arguments.block_size}" if arguments.algo == "bd3lm" else ""
-    compiled = ", compiled" if arguments.compile else ""
-    return (
-        f"{work}: {arguments.algo}, {arguments.model}, N = {arguments.length}{blocks}, "
-        f"batch {arguments.batch_size}{compiled}"
-    )
+    Console(width=WIDTH).print(table)

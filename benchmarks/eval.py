@@ -12,14 +12,7 @@ in proportion. Otherwise as `benchmarks.train_step`.
 import argparse
 from collections.abc import Sequence
 
-from benchmarks.comparison import (
-    add_options,
-    jobs_of,
-    read_options,
-    report,
-    run_rounds,
-    title_of,
-)
+from benchmarks.comparison import add_options, compare, read_options
 from clipped_schedule import MAX_BATCHES
 
 
@@ -37,14 +30,10 @@ def options(words: Sequence[str] | None = None) -> argparse.Namespace:
 def main(words: Sequence[str] | None = None) -> None:
     """Time the batches, print the table and write JSON where wanted."""
     arguments = options(words)
-    jobs = jobs_of(arguments, work="search" if arguments.search else "eval")
-    work = "validation batch with the search" if arguments.search else "validation batch"
-    report(
-        jobs,
-        run_rounds(jobs, rounds=arguments.rounds),
-        title=title_of(arguments, work=work),
-        device=arguments.device,
-        json_file=arguments.json,
+    compare(
+        arguments,
+        work="search" if arguments.search else "eval",
+        title="validation batch with the search" if arguments.search else "validation batch",
         batches=MAX_BATCHES,
     )
 

@@ -17,6 +17,7 @@ from forward_process import ClipInterval
 from models.ema import ExponentialMovingAverage
 from objectives import masked_mean
 from resolvers import register_resolvers
+from training.acceleration import checkpoint_layers, compile_layers, is_compiled
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 WIDTHS = (0.5, 0.6, 0.7, 0.8, 0.9)  # of the paper's OpenWebText runs
@@ -39,7 +40,7 @@ class Job:
     precision: str = "float32"
     device: str = "cpu"
     attn_backend: str = "auto"
-    compiled: bool = False
+    compiled: str = "auto"  # training.compile
     activation_checkpointing: str = "none"
     warmup: int = 1
     steps: int = 2
@@ -72,15 +73,13 @@ def make_config(job: Job) -> DictConfig:
         f"model.length={job.length}",
         f"block_size={job.block_size}",
         f"model.attn_backend={job.attn_backend}",
+        f"training.compile={job.compiled}",
+        f"training.activation_checkpointing={job.activation_checkpointing}",
         "wandb=null",
     ]
     if job.algo == "bd3lm":
         overrides.append(f"algo.var_min={job.work == 'search'}")
         overrides.append(f"algo.clip_search_widths=[{','.join(map(str, WIDTHS))}]")
-    if job.compiled:
-        overrides.append("training.compile=true")
-    if job.activation_checkpointing != "none":
-        overrides.append(f"training.activation_checkpointing={job.activation_checkpointing}")
     with hydra.initialize_config_dir(str(CONFIGS), version_base=None):
         return hydra.compose("config", [*overrides, *job.overrides])
 
@@ -111,9 +110,16 @@ def autocast(job: Job) -> torch.autocast:
 
 def make_step(job: Job, config: DictConfig, model: Diffusion) -> Step:
     """The step of a job; `model` gives its weights."""
-    if job.work == "train":
-        return (_train_ours if job.side == "ours" else _train_reference)(job, config, model)
-    return (_evaluate_ours if job.side == "ours" else _evaluate_reference)(job, model)
+    if job.side == "reference":
+        if job.work == "train":
+            return _train_reference(job, config, model)
+        return _evaluate_reference(job, model)
+    # What `Diffusion.configure_model` does once there is a trainer.
+    if config.training.activation_checkpointing == "blocks":
+        checkpoint_layers(model.backbone)
+    if is_compiled(config.training.compile, device=torch.device(job.device)):
+        compile_layers(model.backbone)
+    return _train_ours(job, config, model) if job.work == "train" else _evaluate_ours(job, model)
 
 
 def _train_ours(job: Job, config: DictConfig, model: Diffusion) -> Step:

@@ -12,14 +12,7 @@ memory is that of the whole process on a CPU, and of all tensors on a GPU.
 import argparse
 from collections.abc import Sequence
 
-from benchmarks.comparison import (
-    add_options,
-    jobs_of,
-    read_options,
-    report,
-    run_rounds,
-    title_of,
-)
+from benchmarks.comparison import add_options, compare, read_options
 
 
 def options(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -34,15 +27,7 @@ def options(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(words: Sequence[str] | None = None) -> None:
     """Time the steps, print the table and write JSON where wanted."""
-    arguments = options(words)
-    jobs = jobs_of(arguments, work="train")
-    report(
-        jobs,
-        run_rounds(jobs, rounds=arguments.rounds),
-        title=title_of(arguments, work="training step"),
-        device=arguments.device,
-        json_file=arguments.json,
-    )
+    compare(options(words), work="train", title="training step")
 
 
 if __name__ == "__main__":
