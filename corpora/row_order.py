@@ -5,6 +5,7 @@ of it, whatever the number of processes, of batches per step and of loading proc
 takes its slice. The position is therefore one number, the same for all processes: rows consumed.
 """
 
+import logging
 import signal
 import threading
 from collections import deque
@@ -15,9 +16,7 @@ import numpy as np
 import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from utils import get_logger
-
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 # A loading process that dies, of too little memory say, is replaced so often in an epoch.
 _MAX_RESTARTS = 3
