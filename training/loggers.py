@@ -22,12 +22,27 @@ def build_loggers(config: DictConfig) -> list[Logger]:
     loggers: list[Logger] = [CSVLogger(os.getcwd(), name="metrics")]
     name = config.logger.name
     if name == "wandb" and config.wandb is not None:
-        loggers.append(WandbLogger(**wandb_arguments(config)))
+        loggers.append(_wandb_logger(wandb_arguments(config)))
     if name == "tensorboard":
         # A run that goes on writes beside its earlier events, and TensorBoard joins them.
         save_dir = config.checkpointing.save_dir
         loggers.append(TensorBoardLogger(save_dir, name="tensorboard", version=""))
     return loggers
+
+
+def _wandb_logger(arguments: dict) -> WandbLogger:
+    """Connects now; offline where the server cannot be reached, which would end a requeued job."""
+    import wandb
+    from wandb.errors import CommError
+
+    found = WandbLogger(**arguments)
+    try:
+        found.experiment  # noqa: B018
+    except CommError as error:
+        logger.warning("wandb: no answer, logging offline (`wandb sync` sends it later): %s", error)
+        wandb.teardown()  # or it takes the run's id for one in use
+        found = WandbLogger(**arguments | {"offline": True, "mode": "offline"})
+    return found
 
 
 def wandb_arguments(config: DictConfig) -> dict:
