@@ -1,6 +1,6 @@
 """The Lightning module: one training step, validation with the range search, the optimizer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import hydra
@@ -21,9 +21,10 @@ from forward_process import FULL, NLL, ClipInterval, noise_values, q_xt, q_xt_wi
 from metrics import NLL as NLLMetric
 from metrics import likelihood_metrics
 from models.dit import DIT, DITConfig
+from models.kv_cache import CleanHalf
 from models.masks import AttentionPattern
 from models.sharding import shard
-from noise_schedule import get_noise
+from noise_schedule import NoiseValues, get_noise
 from objectives import Denoiser, ar_token_losses, diffusion_token_losses, masked_mean
 from sampling.base import SamplerOutput, blank_canvas
 from sampling.options import SamplingOptions, make_sampler
@@ -34,6 +35,10 @@ from training.checkpointing import Weights, load_weights, read_weights
 from training.compatibility import check_same_model, check_sizes, print_what_changes
 from training.description import from_run_config
 from training.optimizer import fused_adamw
+
+# Candidate ranges of the search that share a forward pass: enough rows to keep a GPU busy, and
+# without gradients still less memory than a training step.
+RANGES_AT_ONCE = 4
 
 
 class Diffusion(L.LightningModule):
@@ -133,6 +138,24 @@ class Diffusion(L.LightningModule):
         """
         if self.is_ar:
             return ar_token_losses(self.denoiser, x_0)
+        x_t, values = self._add_noise(x_0, interval=interval)
+        return self._losses(x_0, x_t, values)
+
+    def _losses(
+        self, x_0: Tensor, x_t: Tensor, values: NoiseValues, *, clean: CleanHalf | None = None
+    ) -> Tensor:
+        return diffusion_token_losses(
+            self.denoiser,
+            x_0,
+            x_t=x_t,
+            values=values,
+            sigma_max=self.noise.sigma_max,
+            pattern=self.pattern,
+            clean=clean,
+        )
+
+    def _add_noise(self, x_0: Tensor, *, interval: ClipInterval) -> tuple[Tensor, NoiseValues]:
+        """x_t (B, N) of fresh t, and the values per token, (B, N) or, where t is one, (B, 1)."""
         shape = (x_0.shape[0], x_0.shape[1] // self.block_size)
         t = sample_t(
             shape,
@@ -143,15 +166,8 @@ class Diffusion(L.LightningModule):
         values = noise_values(
             self.noise, t, interval=interval, mdlm_loss_scale=self.mdlm_loss_scale
         )  # each (B, K)
-        per_token = values.repeat_interleave(self.block_size if shape[1] > 1 else 1)
-        return diffusion_token_losses(
-            self.denoiser,
-            x_0,
-            x_t=self._sample_x_t(x_0, move_chance=values.move_chance, interval=interval),
-            values=per_token,
-            sigma_max=self.noise.sigma_max,
-            pattern=self.pattern,
-        )
+        x_t = self._sample_x_t(x_0, move_chance=values.move_chance, interval=interval)
+        return x_t, values.repeat_interleave(self.block_size if shape[1] > 1 else 1)
 
     def _sample_x_t(self, x_0: Tensor, *, move_chance: Tensor, interval: ClipInterval) -> Tensor:
         """x_t for p per block (B, K)."""
@@ -207,7 +223,8 @@ class Diffusion(L.LightningModule):
         loss = masked_mean(losses, mask=mask)
         self.train_nll.update(losses, mask)
         size = len(losses)
-        self.log("trainer/loss", loss, on_step=True, prog_bar=True, sync_dist=True, batch_size=size)
+        # Not prog_bar=True: Lightning would read it, and so wait for the GPU, after every batch.
+        self.log("trainer/loss", loss, on_step=True, sync_dist=True, batch_size=size)
         self.log("train/nll", self.train_nll, on_step=False, on_epoch=True, batch_size=size)
         return loss
 
@@ -259,8 +276,27 @@ class Diffusion(L.LightningModule):
     def _validation_losses(self, x_0: Tensor, *, batch_idx: int) -> dict[ClipInterval, Tensor]:
         """Losses per token of a batch on the range that is reported and on the candidates."""
         candidates = self.clip_search.intervals if self._searches(batch_idx) else []
-        intervals = dict.fromkeys((self.validation_interval, *candidates))
-        return {interval: self.token_losses(x_0, interval=interval) for interval in intervals}
+        intervals = list(dict.fromkeys((self.validation_interval, *candidates)))
+        if self.pattern is not AttentionPattern.BLOCK_DIFFUSION or not candidates:
+            return {interval: self.token_losses(x_0, interval=interval) for interval in intervals}
+        return self._losses_on_all(x_0, intervals)
+
+    def _losses_on_all(
+        self, x_0: Tensor, intervals: Sequence[ClipInterval]
+    ) -> dict[ClipInterval, Tensor]:
+        """Losses per token (B, N) on each range; x_0, which no noise touches, is seen once."""
+        clean, losses = self.denoiser.clean_half(x_0), {}
+        for i in range(0, len(intervals), RANGES_AT_ONCE):
+            together = intervals[i : i + RANGES_AT_ONCE]
+            noisy = [self._add_noise(x_0, interval=interval) for interval in together]
+            found = self._losses(
+                x_0.repeat(len(together), 1),
+                torch.cat([x_t for x_t, _ in noisy]),
+                NoiseValues.cat([values for _, values in noisy]),
+                clean=clean,
+            )
+            losses |= zip(together, found.chunk(len(together)), strict=True)
+        return losses
 
     def on_validation_batch_end(
         self, outputs: None, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0

@@ -158,7 +158,7 @@ def q_xt_within(
             "widen training.sampling_eps_min/max"
         )
     count = torch.arange(counts.start, counts.stop, device=x_0.device, dtype=torch.float32)
-    size = torch.tensor(float(block_size), device=x_0.device)
+    size = count.new_full((), block_size)  # unlike a number from the CPU it waits for nothing
     log_choose = size.add(1).lgamma() - count.add(1).lgamma() - (size - count).add(1).lgamma()
     p = move_chance[..., None]
     log_weight = log_choose + torch.xlogy(count, p) + torch.xlogy(size - count, 1 - p)
