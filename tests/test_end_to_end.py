@@ -232,10 +232,7 @@ def test_average_moves_once_per_optimizer_step(run):
 
 
 def test_streaming_trains(run):
-    """Streamed sets have no length, which ended training in an error. Resuming works too.
-
-    A resumed stream goes on behind what was read ahead: one batch and the shuffle buffer.
-    """
+    """Streamed sets have no length, which ended training in an error. Resuming works too."""
     settings = [*ALGOS["bd3lm"], "data.streaming=true", "data.shuffle_buffer=8",
                 "checkpointing.save_dir=kept"]  # fmt: skip
     first = run("train", *settings, "trainer.max_steps=2")
