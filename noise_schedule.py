@@ -7,6 +7,7 @@ with p(1) = 1. The weight of the NELBO is alpha'_t / (1 - alpha_t) = -d/dt log p
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,12 @@ class NoiseValues:
         """Values per block (B, K) as values per token (B, K L)."""
         repeats = (value.repeat_interleave(block_size, dim=1) for value in vars(self).values())
         return NoiseValues(*repeats)
+
+    @classmethod
+    def cat(cls, parts: Sequence["NoiseValues"]) -> "NoiseValues":
+        """Several batches as one."""
+        rows = ([getattr(part, name) for part in parts] for name in vars(parts[0]))
+        return cls(*map(torch.cat, rows))
 
 
 class Noise(ABC):

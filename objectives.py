@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from models.chunked_head import NEG_INFINITY, TargetScores
 from models.dit import DIT, Target
 from models.inference import InferenceDIT
-from models.kv_cache import KVCache
+from models.kv_cache import CleanHalf, KVCache
 from models.masks import AttentionPattern
 from models.static_inference import StaticInferenceDIT
 from noise_schedule import NoiseValues
@@ -104,7 +104,7 @@ class Denoiser:
         sigma: Tensor | None = None,
         *,
         pattern: AttentionPattern,
-        kv_cache: KVCache | None = None,
+        kv_cache: KVCache | CleanHalf | None = None,
         logits_at: Tensor | None = None,
     ) -> Tensor:
         """The network's logits; arguments as in `DIT.forward`."""
@@ -123,6 +123,7 @@ class Denoiser:
         *,
         tokens: Tensor,
         pattern: AttentionPattern,
+        kv_cache: CleanHalf | None = None,
         logits_at: Tensor | None = None,
     ) -> TargetScores:
         """What a loss needs to know of the logits of `tokens`; arguments as in `DIT.forward`."""
@@ -130,9 +131,19 @@ class Denoiser:
             x,
             sigma if self.time_conditioning else None,
             pattern=pattern,
+            kv_cache=kv_cache,
             logits_at=logits_at,
             target=Target(tokens, self.mask_index),
         )
+
+    def clean_half(self, x_0: Tensor) -> CleanHalf:
+        """What passes over any x_t see of x_0 (B, N), for block diffusion without gradients."""
+        clean = CleanHalf()
+        nowhere = torch.zeros_like(x_0, dtype=torch.bool)
+        block_causal = AttentionPattern.BLOCK_CAUSAL
+        self.logits(x_0, pattern=block_causal, kv_cache=clean, logits_at=nowhere)
+        clean.commit()
+        return clean
 
     def for_sampling(self, *, compiled: bool = False) -> "Denoiser":
         """The same for inference, with the network in its fast form where sigma is always 0.
@@ -194,6 +205,7 @@ def diffusion_token_losses(
     values: NoiseValues,
     sigma_max: float,
     pattern: AttentionPattern,
+    clean: CleanHalf | None = None,
 ) -> Tensor:
     """The NELBO's terms, one per token; zero where the token is not masked.
 
@@ -206,18 +218,21 @@ def diffusion_token_losses(
         values: weight and masking probability, (B, 1) or (B, N).
         sigma_max: total noise at t = 1, the most the network has ever been told.
         pattern: `BLOCK_DIFFUSION` sees [x_t ; x_0], any other x_t alone.
+        clean: of x_0, see `Denoiser.clean_half`; then the pass is over x_t alone, with x_0 and x_t
+            of R times its rows.
 
     Returns:
         (B, N) float32.
     """
-    is_block_diffusion = pattern is AttentionPattern.BLOCK_DIFFUSION
+    takes_both = pattern is AttentionPattern.BLOCK_DIFFUSION and clean is None
     masked = x_t == denoiser.mask_index
     sigma = (-torch.log1p(-values.move_chance)).clamp(max=sigma_max)
     scores = denoiser.target_scores(
-        torch.cat((x_t, x_0), dim=1) if is_block_diffusion else x_t,
+        torch.cat((x_t, x_0), dim=1) if takes_both else x_t,
         sigma.squeeze(1) if sigma.shape[1] == 1 else sigma,
         tokens=x_0[masked],
         pattern=pattern,
+        kv_cache=clean,
         logits_at=masked,
     )  # each (n_masked,)
     scaling = values.loss_scaling.expand_as(x_0)[masked]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .attention import attend
 from .chunked_head import TargetScores, target_scores
-from .kv_cache import KVCache
+from .kv_cache import CleanHalf, KVCache
 from .masks import AttentionPattern
 from .rotary import Rotary, rotate
 
@@ -150,7 +150,7 @@ def attend_heads(
     config: DITConfig,
     pattern: AttentionPattern,
     layer: int,
-    kv_cache: KVCache | None,
+    kv_cache: KVCache | CleanHalf | None,
 ) -> Tensor:
     """What all heads read, side by side (B, T, D), for (B, H, T, d); with a cache, from it too."""
     if kv_cache is not None:
@@ -196,7 +196,7 @@ class DITBlock(nn.Module):
         sin: Tensor,
         pattern: AttentionPattern,
         layer: int,
-        kv_cache: KVCache | None,
+        kv_cache: KVCache | CleanHalf | None,
         num_outputs: int | None = None,
     ) -> Tensor:
         """One layer on (B, T, D); `cos` and `sin` as `Rotary` makes them.
@@ -301,7 +301,7 @@ class DIT(nn.Module):
         sigma: Tensor | None = None,
         *,
         pattern: AttentionPattern,
-        kv_cache: KVCache | None = None,
+        kv_cache: KVCache | CleanHalf | None = None,
         positions: Tensor | None = None,
         logits_at: Tensor | None = None,
         target: Target | None = None,
@@ -314,7 +314,8 @@ class DIT(nn.Module):
                 None means 0 everywhere, a conditioning computed once for the whole batch.
                 The clean half of `BLOCK_DIFFUSION` is conditioned on 0 where sigma is per position.
             pattern: who sees whom.
-            kv_cache: tokens before `indices`; this pass's keys are written behind them.
+            kv_cache: tokens before `indices`; this pass's keys are written behind them. With
+                `BLOCK_DIFFUSION` the clean half, and `indices` are x_t alone, T = N.
             positions: rotary positions (T,) or (B, T); by default they count on from the cache,
                 and both halves of `BLOCK_DIFFUSION` count from 0.
             logits_at: boolean (B, N), compute logits only there.
@@ -324,7 +325,7 @@ class DIT(nn.Module):
             Logits (B, T, V), for `BLOCK_DIFFUSION` (B, N, V); with `logits_at` (n_selected, V).
             With `target` its scores, as many.
         """
-        is_pair = pattern is AttentionPattern.BLOCK_DIFFUSION
+        is_pair = pattern is AttentionPattern.BLOCK_DIFFUSION and kv_cache is None
         num_outputs = indices.shape[1] // 2 if is_pair else indices.shape[1]
         if positions is None:
             start = 0 if kv_cache is None else kv_cache.num_tokens

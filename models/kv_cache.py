@@ -116,6 +116,36 @@ class KVCache:
         self._tokens(layer)[:, :, :, : self.num_tokens] = committed
 
 
+class CleanHalf:
+    """Keys and values of the clean half of [x_t ; x_0], which do not depend on x_t.
+
+    One pass over x_0 (`BLOCK_CAUSAL`) fills it. After `commit`, passes over several x_t of the same
+    x_0 see them as the pass over both halves would.
+    """
+
+    num_tokens = 0  # before either half
+
+    def __init__(self):
+        self._layers: list[tuple[Tensor, Tensor]] = []
+        self._is_complete = False
+
+    def append(self, layer: int, *, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep x_0's keys and values (B, H, N, d); or put them behind those of x_t.
+
+        x_t may have R B rows, R times the rows of x_0 one after the other: (R B, H, 2N, d).
+        """
+        if not self._is_complete:
+            self._layers.append((k, v))
+            return k, v
+        copies = len(k) // len(self._layers[layer][0])
+        clean_k, clean_v = (x.repeat(copies, 1, 1, 1) for x in self._layers[layer])
+        return torch.cat((k, clean_k), dim=2), torch.cat((v, clean_v), dim=2)
+
+    def commit(self) -> None:
+        """From now on passes are over x_t."""
+        self._is_complete = True
+
+
 class StaticKVCache(KVCache):
     """A KV cache for passes whose shapes never change: queries see all slots, under a mask.
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from clipped_schedule import MAX_BATCHES
 from diffusion import TRAIN_STREAM, VALIDATION_STREAM, Diffusion
 from forward_process import FULL, NLL, ClipInterval
 from tests.small_module import batches, module
@@ -108,3 +109,28 @@ def test_noise_differs_between_ranks_and_repeats(build, monkeypatch):
     others = [(1, TRAIN_STREAM, 3), (0, TRAIN_STREAM, 4), (0, VALIDATION_STREAM, 3)]
     for other in others:
         assert not torch.equal(first, losses(*other)), other
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 16])
+@torch.no_grad()
+def test_ranges_together_equal_one_after_the_other(build, block_size):
+    """The clean half is seen once, and several ranges share a pass: the losses are the same."""
+    model = build(*BD3LM, f"block_size={block_size}", "training.resample=true").eval()
+    (batch,) = batches(1)
+    x_0 = batch["input_ids"]
+    torch.manual_seed(1)
+    found = model._validation_losses(x_0, batch_idx=0)
+    torch.manual_seed(1)
+    expected = {interval: model.token_losses(x_0, interval=interval) for interval in found}
+    assert set(found) >= set(model.clip_search.intervals)
+    assert any(losses.any() for losses in expected.values())
+    for interval, losses in expected.items():
+        torch.testing.assert_close(found[interval], losses, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_no_search_after_enough_batches(build):
+    model = build(*BD3LM).eval()
+    (batch,) = batches(1)
+    found = model._validation_losses(batch["input_ids"], batch_idx=MAX_BATCHES)
+    assert list(found) == [model.validation_interval]
