@@ -41,7 +41,7 @@ from sampling.options import SamplingOptions
 from utils import keep_freed_memory, resolve_device
 
 TOKENS_PER_STEP = (1, 2, 4, 8, 16)
-THRESHOLDS = (0.9, 0.7, 0.5, 0.3)
+THRESHOLDS = (0.9, 0.5, 0.3, 0.2, 0.1, 0.05)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,8 @@ def print_figures(rows: list[Figures], where: dict, *, title: str) -> None:
     caption = ", ".join(f"{key} {value}" for key, value in where.items() if key != "command")
     table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
     for heading in ("setting", "tokens per pass", "tokens/s", "gen. perplexity", "entropy"):
-        table.add_column(heading, justify="left" if heading == "setting" else "right")
+        is_name = heading == "setting"
+        table.add_column(heading, justify="left" if is_name else "right", no_wrap=is_name)
     for row in rows:
         figures = (row.tokens_per_pass, row.tokens_per_second, row.gen_ppl, row.entropy)
         table.add_row(row.setting, *(f"{figure:,.2f}" for figure in figures))
@@ -126,6 +127,7 @@ def draw_picture(rows: list[Figures], path: Path, *, title: str) -> None:
                 textcoords="offset points", xytext=(5, 5), fontsize=8, color=color,
             )  # fmt: skip
     axes.set(title=title, xlabel="tokens per forward pass", ylabel="generative perplexity")
+    axes.set_yscale("log")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path)
