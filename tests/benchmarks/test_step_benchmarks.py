@@ -155,6 +155,17 @@ class TestMeasurement:
             assert len(ranges) == count and ranges[0] == FULL
 
 
+@pytest.mark.slow
+def test_a_job_in_a_process_of_its_own():
+    """The parent reads what the process found; one that fails has no result."""
+    job = Job(work="train", side="ours", model="tiny", length=16, overrides=TINY)
+    found = measure.measure_apart(job)
+    assert len(found.seconds) == job.steps and found.peak_flops > 1e9
+    for timeout, changes in ((None, {"algo": "none"}), (1e-3, {})):
+        with pytest.raises(JobFailed):
+            measure.measure_apart(Job(**vars(job) | changes), timeout=timeout)
+
+
 def test_gpu_script_is_clean_and_stops_without_a_gpu():
     """It says that there is no device, and writes nothing."""
     script = PROJECT / "benchmarks" / "gpu.sh"
