@@ -10,7 +10,8 @@ class Throughput(L.Callback):
     """Logs `trainer/steps_per_second` and `trainer/tokens_per_second` of all processes together.
 
     Means since the last time they were logged, every `trainer.log_every_n_steps` steps; the time
-    spent on validation is left out. Tokens are those of clean rows, B x N each batch.
+    spent on validation is left out, and logged as `trainer/validation_seconds`. Tokens are those
+    of clean rows, B x N each batch.
     """
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -41,6 +42,11 @@ class Throughput(L.Callback):
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._paused = time.perf_counter()
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            seconds = time.perf_counter() - self._paused
+            pl_module.log("trainer/validation_seconds", seconds, rank_zero_only=True)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking:

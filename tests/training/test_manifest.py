@@ -92,6 +92,7 @@ def test_throughput_leaves_validation_out(compose, tmp_path, monkeypatch):
     run.fit(model, batches(8), batches(1, seed=1))
     assert memory.values("trainer/steps_per_second") == pytest.approx([1.0] * 4)
     assert memory.values("trainer/tokens_per_second") == pytest.approx([4 * 16.0] * 4)
+    assert memory.values("trainer/validation_seconds") == pytest.approx([100.0] * 2)
 
 
 def test_throughput_counts_optimizer_steps(compose, tmp_path, monkeypatch):
