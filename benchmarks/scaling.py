@@ -31,7 +31,7 @@ LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 BLOCK_SIZES = (1, 4, 16, 64, 256, 1024)
 BATCH_SIZES = (1, 2, 4, 8)
 VARIES = {"length": "N", "block_size": "L", "batch_size": "batch"}
-# Linear growth is drawn beside the measured one, through its first point.
+# Linear growth is drawn beside the measured time, through its first point.
 MEASURED, LINEAR = "#2f5597", "#b8c7e0"
 
 
@@ -200,7 +200,7 @@ def draw(points: list[Point], png: Path, *, title: str) -> None:
             drawn = sorted((p for p in points if p.varies == varies), key=lambda p: p.value)
             values = [point.value for point in drawn]
             measured = [factor * getattr(point, field) for point in drawn]
-            if drawn and varies != "block_size":
+            if drawn and field == "seconds" and varies != "block_size":
                 linear = [measured[0] * value / values[0] for value in values]
                 panel.plot(values, linear, "--", color=LINEAR, label="linear")
             panel.plot(values, measured, "o-", color=MEASURED, label="measured")
