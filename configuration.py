@@ -191,6 +191,8 @@ def _numbers(config: DictConfig) -> Problems:
     """A number is of the right type and lies in its interval."""
     for key, (kind, interval) in _NUMBERS.items():
         value = _value(config, key)
+        if key == "loader.batch_size" and value == "auto":  # see `_automatic_batch_size`
+            continue
         if not _is_number(value, kind) or not _lies_in(value, interval):
             yield key, f"allowed is {'an integer' if kind is int else 'a number'} in {interval}"
 
@@ -389,9 +391,31 @@ def _kv_cache(config: DictConfig) -> Problems:
         )
 
 
+def _automatic_batch_size(config: DictConfig) -> Problems:
+    """A batch size is found for training; it divides what a device computes in a step."""
+    loader, trainer = config["loader"], config["trainer"]
+    if loader["batch_size"] != "auto":
+        return
+    if "train" not in _modes(config):
+        yield "loader.batch_size", f"allowed with mode={config['mode']} is an integer in [1, inf)"
+    if trainer["accumulate_grad_batches"] != 1:
+        yield (
+            "trainer.accumulate_grad_batches",
+            "allowed with loader.batch_size=auto is the default, which follows from what is found",
+        )
+    world = world_size(trainer)
+    if loader["global_batch_size"] % world:
+        yield (
+            "loader.global_batch_size",
+            f"allowed with loader.batch_size=auto are multiples of the {world} devices",
+        )
+
+
 def _global_batch(config: DictConfig) -> Problems:
     """An optimizer step takes the global batch exactly."""
     loader, trainer = config["loader"], config["trainer"]
+    if loader["batch_size"] == "auto":
+        return
     world = world_size(trainer)
     at_once = loader["batch_size"] * world
     wanted, accumulate = loader["global_batch_size"], trainer["accumulate_grad_batches"]
@@ -436,6 +460,7 @@ RULES: tuple[Callable[[DictConfig], Problems], ...] = (
     _sampling_texts,
     _weights_that_may_differ,
     _kv_cache,
+    _automatic_batch_size,
     _global_batch,
 )
 

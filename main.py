@@ -9,6 +9,7 @@ import lightning as L
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
+from batch_size import find_batch_size
 from configuration import config_hash, ignored_key_warnings, validate
 from dataloader import get_dataloaders, get_tokenizer
 from diffusion import Diffusion, new_model
@@ -136,8 +137,10 @@ def checkpoint_to_resume(config: DictConfig) -> str | None:
 def train(config: DictConfig, *, signals: StopSignals) -> None:
     """Train, resuming from `checkpointing.resume_ckpt_path` where that exists."""
     resume = checkpoint_to_resume(config)
-    L.seed_everything(config.seed, verbose=False)
     tokenizer = get_tokenizer(config)
+    if config.loader.batch_size == "auto":
+        find_batch_size(config, tokenizer)
+    L.seed_everything(config.seed, verbose=False)
     # A run that goes on has its weights from its own checkpoint.
     model = new_model(config, tokenizer) if resume is None else Diffusion(config, tokenizer)
     num_parameters = sum(p.numel() for p in model.parameters())

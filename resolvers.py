@@ -6,18 +6,13 @@ from collections.abc import Callable, Sequence
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+# Rows are prepared beforehand: more processes than this only take memory.
+_MOST_WORKERS = 16
+
 
 def div_up(numerator: int, denominator: int) -> int:
     """Returns the quotient of two integers, rounded up."""
     return -(-numerator // denominator)
-
-
-def mul(*factors: float) -> float:
-    """Returns the product of all arguments."""
-    product = 1
-    for factor in factors:
-        product *= factor
-    return product
 
 
 def sub(left: float, right: float) -> float:
@@ -36,6 +31,23 @@ def num_cpus() -> int:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # macOS and Windows have no affinity
         return os.cpu_count() or 1
+
+
+def default_num_workers(devices: int, accelerator: str) -> int:
+    """Returns how many processes may load data beside each device's own without crowding it.
+
+    Args:
+        devices: of this node; each has a process, and they share the CPUs.
+        accelerator: of `trainer`. On a CPU torch computes on as many threads as it has; a process
+            with a GPU keeps one CPU busy.
+    """
+    cpus = num_cpus()
+    # Slurm may have given each process CPUs of its own, which are all it sees.
+    has_own = os.environ.get("SLURM_CPUS_PER_TASK") == str(cpus)
+    share = cpus if has_own else cpus // devices
+    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
+    busy = torch.get_num_threads() if on_cpu else 1
+    return min(_MOST_WORKERS, max(0, share - busy))
 
 
 def default_accelerator() -> str:
@@ -74,6 +86,11 @@ def fast_precision() -> str:
     return "bf16-mixed" if has_fast_bf16 else "32-true"
 
 
+def accumulation(global_batch_size: int, world: int, batch_size: int | str) -> int:
+    """Returns the batches of an optimizer step; 1 as long as `batch_size` is still to be found."""
+    return 1 if batch_size == "auto" else div_up(global_batch_size, world * batch_size)
+
+
 def world_size(trainer: DictConfig) -> int:
     """Returns the number of processes of a run, from the section `trainer`."""
     return devices_per_node(trainer["devices"], trainer["accelerator"]) * trainer["num_nodes"]
@@ -84,16 +101,25 @@ def _world_size_of_run(*, _root_: DictConfig) -> int:
     return world_size(_root_["trainer"])
 
 
+def _num_workers_of_run(*, _root_: DictConfig) -> int:
+    """The resolver `${num_workers:}`."""
+    trainer = _root_["trainer"]
+    return default_num_workers(
+        devices_per_node(trainer["devices"], trainer["accelerator"]), trainer["accelerator"]
+    )
+
+
 def register_resolvers() -> None:
     """Registers every resolver the YAML files use; calling it again changes nothing."""
     resolvers: dict[str, Callable] = {
         "accelerator": default_accelerator,
+        "accumulation": accumulation,
         "cwd": os.getcwd,
         "device_count": device_count,
         "div_up": div_up,
         "fast_precision": fast_precision,
-        "mul": mul,
         "num_cpus": num_cpus,
+        "num_workers": _num_workers_of_run,
         "sub": sub,
         "world_size": _world_size_of_run,
     }

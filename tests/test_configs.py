@@ -5,6 +5,7 @@ import os
 import re
 
 import pytest
+import torch
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
@@ -137,11 +138,34 @@ def test_devices_on_the_cpu_of_a_gpu_machine(compose, fake_gpus):
     assert config["loader"]["batch_size"] == 512
 
 
-def test_num_cpus_is_what_the_process_may_use(compose):
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "threads", "slurm", "expected"),
+    [
+        (8, 0, 8, None, 0),  # torch computes on all of them
+        (8, 0, 2, None, 6),
+        (8, 1, 8, None, 7),  # threads do not matter on a GPU
+        (32, 4, 8, None, 7),  # four processes
+        (4, 8, 4, None, 0),
+        (224, 8, 8, None, 16),
+        (8, 4, 8, "8", 7),  # each task has eight of its own
+        (32, 4, 8, "8", 7),  # Slurm has not bound them
+    ],
+)
+def test_num_workers(compose, fake_gpus, monkeypatch, cpus, gpus, threads, slurm, expected):
+    """Each process had as many workers as there are CPUs: eight times too many on eight GPUs."""
+    fake_gpus(gpus)
+    monkeypatch.setattr(resolvers, "num_cpus", lambda: cpus)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    if slurm is not None:
+        monkeypatch.setenv("SLURM_CPUS_PER_TASK", slurm)
+    assert compose()["loader"]["num_workers"] == expected
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system has no affinity")
+def test_num_cpus_is_what_the_process_may_use():
     """A Slurm step or a container may own fewer CPUs than the machine has."""
-    assert compose()["loader"]["num_workers"] == resolvers.num_cpus()
-    if os.name == "posix" and "sched_getaffinity" in dir(os):
-        assert resolvers.num_cpus() == len(os.sched_getaffinity(0))
+    assert resolvers.num_cpus() == len(os.sched_getaffinity(0))
 
 
 def test_paths_follow_the_working_directory(compose, tmp_path, monkeypatch):
@@ -250,9 +274,10 @@ def test_targets_exist(compose):
     [
         ("training.compile=fast", "allowed are true, false and auto"),
         ("training.activation_checkpointing=all", "allowed are none, blocks"),
+        ("loader.batch_size=max", "allowed is an integer"),
     ],
 )
-def test_wrong_acceleration(compose, override, allowed):
+def test_wrong_speed_and_memory(compose, override, allowed):
     with pytest.raises(ValueError, match=f"{override}: {allowed}"):
         configuration.validate(compose([override]))
 

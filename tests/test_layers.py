@@ -8,6 +8,7 @@ import pytest
 LEVELS = {
     "main": 6,
     "push_to_hf": 5,
+    "batch_size": 5,
     "evaluation": 5,
     "generation": 5,
     "diffusion": 4,
