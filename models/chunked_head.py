@@ -1,17 +1,19 @@
 """What a loss needs of the output layer, without ever holding the logits of all positions.
 
 Cross-entropy and score entropy both come from two numbers per position: the logit of the right
-token, and the log of the sum of all exponentials. They are computed for a few hundred positions at
-a time, in the forward pass and again in the backward pass.
+token, and the log of the sum of all exponentials. They are computed for a part of the vocabulary at
+a time, in the forward pass and again in the backward pass. So each row of the weights' gradient is
+written once.
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-# Positions at a time. 50,000 float32 logits for each make 50 MB.
-CHUNK = 256
+# Logits at a time: small enough for memory that is used again and again, see `keep_freed_memory`.
+MAX_LOGITS = 2**22
 # Stands for minus infinity where arithmetic with infinities would make NaN.
 NEG_INFINITY = -1e6
 
@@ -44,13 +46,14 @@ class _TargetScores(torch.autograd.Function):
         excluded: int,
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
-        matrix = weight.to(x.dtype)
-        target, log_sum = [], []
-        for x_c, targets_c in zip(x.split(chunk), targets.split(chunk), strict=True):
-            logits = _logits(x_c, matrix, bias, excluded=excluded)
-            target.append(logits.gather(-1, targets_c[:, None])[:, 0])
-            log_sum.append(logits.logsumexp(dim=-1))
-        target, log_sum = torch.cat(target), torch.cat(log_sum)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        target = torch.zeros(len(x), dtype=dtype, device=x.device)
+        log_sum = torch.full_like(target, -torch.inf)
+        for tokens in _chunks(len(weight), chunk):
+            logits = _logits(x, weight, bias, tokens=tokens, excluded=excluded)
+            column, is_here = _columns(targets, tokens=tokens)
+            target += logits.gather(-1, column)[:, 0] * is_here
+            log_sum = torch.logaddexp(log_sum, logits.logsumexp(dim=-1))
         ctx.save_for_backward(x, weight, bias, targets, log_sum)
         ctx.excluded, ctx.chunk = excluded, chunk
         return target, log_sum
@@ -58,27 +61,40 @@ class _TargetScores(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_target: Tensor, grad_log_sum: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, targets, log_sum = ctx.saved_tensors
-        matrix = weight.to(x.dtype)
-        grad_x = torch.empty_like(x)
-        grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(bias)
-        for i in range(0, len(x), ctx.chunk):
-            rows = slice(i, i + ctx.chunk)
+        grad_x = torch.zeros(x.shape, dtype=log_sum.dtype, device=x.device)
+        grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(bias)
+        for tokens in _chunks(len(weight), ctx.chunk):
             # d log_sum / d logit is the probability, d target / d logit is 1 at the target.
-            grad = _logits(x[rows], matrix, bias, excluded=ctx.excluded)
-            grad = grad.sub_(log_sum[rows, None]).exp_().mul_(grad_log_sum[rows, None])
-            grad.scatter_add_(-1, targets[rows, None], grad_target[rows, None])
-            grad_bias += grad.sum(dim=0)
+            grad = _logits(x, weight, bias, tokens=tokens, excluded=ctx.excluded)
+            grad = grad.sub_(log_sum[:, None]).exp_().mul_(grad_log_sum[:, None])
+            column, is_here = _columns(targets, tokens=tokens)
+            grad.scatter_add_(-1, column, (grad_target * is_here)[:, None])
+            grad_bias[tokens] = grad.sum(dim=0)
             grad = grad.to(x.dtype)
-            torch.mm(grad, matrix, out=grad_x[rows])
-            grad_weight += torch.mm(grad.t(), x[rows])
-        return grad_x, grad_weight, grad_bias, None, None, None
+            grad_x += torch.mm(grad, weight[tokens].to(x.dtype))
+            grad_weight[tokens] = torch.mm(grad.t(), x)
+        return grad_x.to(x.dtype), grad_weight, grad_bias, None, None, None
 
 
-def _logits(x: Tensor, matrix: Tensor, bias: Tensor, *, excluded: int) -> Tensor:
-    """Logits (n, V), at least float32, with no weight on the excluded token."""
-    logits = torch.nn.functional.linear(x, matrix, bias.to(x.dtype))
+def _chunks(vocab_size: int, chunk: int) -> Iterator[slice]:
+    return (slice(i, min(i + chunk, vocab_size)) for i in range(0, vocab_size, chunk))
+
+
+def _columns(targets: Tensor, *, tokens: slice) -> tuple[Tensor, Tensor]:
+    """Column of each target among these tokens, (n, 1), and whether it is one of them, (n,)."""
+    is_here = (targets >= tokens.start) & (targets < tokens.stop)
+    return (targets - tokens.start).where(is_here, 0)[:, None], is_here
+
+
+def _logits(
+    x: Tensor, weight: Tensor, bias: Tensor, *, tokens: slice, excluded: int
+) -> Tensor:
+    """Logits of some tokens (n, c), at least float32, with no weight on the excluded token."""
+    matrix, bias = weight[tokens].to(x.dtype), bias[tokens].to(x.dtype)
+    logits = torch.nn.functional.linear(x, matrix, bias)
     logits = logits.to(torch.promote_types(x.dtype, torch.float32))
-    logits[:, excluded] = NEG_INFINITY
+    if tokens.start <= excluded < tokens.stop:
+        logits[:, excluded - tokens.start] = NEG_INFINITY
     return logits
 
 
@@ -89,7 +105,7 @@ def target_scores(
     *,
     targets: Tensor,
     excluded: int,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> TargetScores:
     """Logit of a token and log-sum of all, for each position.
 
@@ -98,10 +114,12 @@ def target_scores(
         weight, bias: (V, D) and (V,).
         targets: ids (n,) int64.
         excluded: id of a token that has no probability: the mask.
-        chunk: positions at a time; no result depends on it.
+        chunk: tokens of the vocabulary at a time; no result depends on it. None: as many as make
+            `MAX_LOGITS`.
     """
-    if len(x) == 0:  # nothing to split; zero times the sums keeps the gradients defined
+    if len(x) == 0:  # zero times the sums keeps the gradients defined
         empty = x.sum(dim=-1) + 0 * (weight.sum() + bias.sum())
         return TargetScores(empty.float(), empty.float())
+    chunk = chunk or max(512, MAX_LOGITS // len(x))
     with torch.autocast(x.device.type, enabled=False):
         return TargetScores(*_TargetScores.apply(x, weight, bias, targets, excluded, chunk))

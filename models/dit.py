@@ -49,18 +49,6 @@ class DITConfig:
         return self.hidden_size // self.n_heads
 
 
-class LayerNorm(nn.Module):
-    """Layer norm without bias, computed in float32 whatever the precision around it."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(device_type=x.device.type, enabled=False):
-            return F.layer_norm(x.float(), self.weight.shape, self.weight.float())
-
-
 class Modulation(NamedTuple):
     """Adaptive layer norm of one sub-layer; each broadcasts against (B, T, D). None: identity."""
 
@@ -80,6 +68,27 @@ class Modulation(NamedTuple):
 
 
 IDENTITY = Modulation(None, None, None)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm without bias, then its modulation, in float32 whatever the precision around."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor, modulation: Modulation = IDENTITY) -> Tensor:
+        """norm(x) w (1 + scale) + shift of (..., D)."""
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            weight, bias = self.weight.float(), None
+            is_constant = modulation.shift is not None and modulation.shift.numel() == len(weight)
+            if is_constant:
+                # One operation on the tokens instead of three, of which a backward pass would
+                # keep the results.
+                weight = weight * (1 + modulation.scale.flatten().float())
+                bias = modulation.shift.flatten().float()
+            normed = F.layer_norm(x.float(), weight.shape, weight, bias)
+        return normed if is_constant else modulation.modulate(normed)
 
 
 def matmul_dtype(weight: Tensor) -> torch.dtype:
@@ -220,13 +229,13 @@ class DITBlock(nn.Module):
         self, x: Tensor, modulation: Modulation, *, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries and keys, and values, each (B, H, T, d), of (B, T, D)."""
-        qkv = self.attn_qkv(modulation.modulate(self.norm1(x)))
+        qkv = self.attn_qkv(self.norm1(x, modulation))
         return split_heads(qkv, n_heads=self.config.n_heads, cos=cos, sin=sin)
 
     def add(self, x: Tensor, heads: Tensor, attn: Modulation, feed_forward: Modulation) -> Tensor:
         """x (B, T, D) plus what the heads read (B, T, D), and then plus the feed-forward."""
         x = x + attn.gated(self.dropout(self.attn_out(heads)))
-        h = self.mlp(feed_forward.modulate(self.norm2(x)))
+        h = self.mlp(self.norm2(x, feed_forward))
         return x + feed_forward.gated(self.dropout(h))
 
     def dropout(self, h: Tensor) -> Tensor:
@@ -270,7 +279,7 @@ class OutputLayer(nn.Module):
             x = x[logits_at]
             if condition is not None:
                 condition = condition.expand(*logits_at.shape, -1)[logits_at]
-        x = self.modulation(condition).modulate(self.norm_final(x))
+        x = self.norm_final(x, self.modulation(condition))
         if target is None:
             return self.linear(x)
         return target_scores(

@@ -1,4 +1,4 @@
-"""Logits a few positions at a time, beside all of them at once."""
+"""Logits of a part of the vocabulary at a time, beside all of them at once."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def plain(x, weight, bias, *, targets):
     return torch.stack((picked, logits.logsumexp(dim=-1)))
 
 
-@pytest.mark.parametrize("chunk", [1, 10, 37, 100])
+@pytest.mark.parametrize("chunk", [1, 10, 23, 100])
 def test_equals_all_at_once_in_values_and_gradients(chunk):
     """In float64; the two outputs get different gradients from above."""
     leaves, targets = inputs()
@@ -43,15 +43,15 @@ def test_equals_all_at_once_in_values_and_gradients(chunk):
 
 
 def test_no_chunk_size_matters_in_bf16_either():
-    """Rows do not meet in the forward pass; the weights' gradients are summed in float32."""
+    """What is summed over chunks is summed in float32."""
     results = []
-    for chunk in (5, 37):
+    for chunk in (5, 23):
         leaves, targets = inputs(torch.bfloat16)
         scores = target_scores(*leaves, targets=targets, excluded=MASK, chunk=chunk)
         loss = -scores.log_p.mean()
         results.append((scores, torch.autograd.grad(loss, leaves)))
     (one, gradients), (other, other_gradients) = results
-    assert torch.equal(one.target, other.target) and torch.equal(one.log_sum, other.log_sum)
+    torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
     assert gradients[1].dtype == torch.float32
     for a, b in zip(gradients, other_gradients, strict=True):
         assert torch.cosine_similarity(a.flatten().float(), b.flatten().float(), dim=0) > 0.9999

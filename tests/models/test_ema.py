@@ -30,15 +30,19 @@ def test_decay_ramps_up_to_its_value(decay, first):
 
 
 def test_rounds_as_the_original_does():
-    """`lerp` computes the same average with another rounding, 2.4e-7 away on the golden file."""
-    weights = parameters((1000,))
+    """All tensors at once as one after the other, to the bit.
+
+    `lerp` computes the same average with another rounding, 2.4e-7 away on the golden file.
+    """
+    weights = parameters((1000,), (3, 2), ())
     ema = ExponentialMovingAverage(weights, decay=0.9999)
-    expected = weights[0].detach().clone()
+    expected = [weight.detach().clone() for weight in weights]
     for n in range(1, 4):
-        weights[0].data.add_(0.1)
+        for weight, average in zip(weights, expected, strict=True):
+            weight.data.add_(0.1)
+            average -= (1 - (1 + n) / (10 + n)) * (average - weight.detach())
         ema.update(weights)
-        expected -= (1 - (1 + n) / (10 + n)) * (expected - weights[0].detach())
-    assert torch.equal(ema.shadow[0], expected)
+    assert all(torch.equal(a, b) for a, b in zip(ema.shadow, expected, strict=True))
 
 
 def test_swap_exchanges_and_swap_again_restores():
