@@ -11,9 +11,9 @@ from torch._dynamo.utils import counters
 
 from models.dit import DIT, DITConfig
 from models.masks import AttentionPattern
-from tests import small_module
+from tests import parallel_runs, small_module
 from tests.references import generator
-from tests.small_run import ALGOS
+from tests.small_run import ALGOS, write_text
 from training.acceleration import checkpoint_layers, compile_layers, is_compiled
 
 CONFIG = DITConfig(
@@ -175,3 +175,26 @@ def test_a_compiled_training_is_the_plain_one(compose, tmp_path, fresh_compiler,
     assert compiled[0] > 0
     assert len(set(compiled[2:])) == 1, "the first validation comes after the second step"
     assert not counters["graph_break"]
+
+
+@pytest.mark.slow
+def test_sharded_and_parallel_trainings_are_the_plain_ones(tmp_path, monkeypatch):
+    """Compiled layers within FSDP's and DDP's hooks, with and without checkpointing."""
+    monkeypatch.chdir(tmp_path)
+    write_text(tmp_path)
+    common = [*ALGOS["bd3lm"], "model.dropout=0", "optim.eps=1e-3"]
+    both = ["training.compile=true", "training.activation_checkpointing=blocks"]
+    changes = {
+        "plain": ["strategy=fsdp"],
+        "fsdp": ["strategy=fsdp", *both],
+        "ddp": both[:1],
+    }
+    parallel_runs.start_pair(tmp_path, {name: common + more for name, more in changes.items()})
+    weights = {
+        name: torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+        for name in changes
+    }
+    for name in ("fsdp", "ddp"):
+        assert list(weights[name]) == list(weights["plain"])
+        for key, value in weights["plain"].items():
+            torch.testing.assert_close(weights[name][key], value, rtol=0, atol=1e-5)
