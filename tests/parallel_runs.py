@@ -35,7 +35,7 @@ def noise_of_rows() -> Iterator[None]:
 
     So a row has the same noise in whatever batch and on whatever process it comes.
     """
-    rand, token_losses = torch.rand, diffusion.Diffusion.token_losses
+    rand, add_noise = torch.rand, diffusion.Diffusion._add_noise
     rows: list[Tensor] = []
     draws = 0
 
@@ -49,20 +49,20 @@ def noise_of_rows() -> Iterator[None]:
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         return rand(shape, generator=generator)
 
-    def with_rows(self, x_0: Tensor, **arguments: object) -> Tensor:
+    def with_rows(self, x_0: Tensor, **arguments: object) -> object:
         nonlocal draws
         rows.append(x_0)
         draws, torch.rand = 0, rand_of_rows
         try:
-            return token_losses(self, x_0, **arguments)
+            return add_noise(self, x_0, **arguments)
         finally:
             torch.rand = rand
 
-    diffusion.Diffusion.token_losses = with_rows
+    diffusion.Diffusion._add_noise = with_rows
     try:
         yield
     finally:
-        diffusion.Diffusion.token_losses = token_losses
+        diffusion.Diffusion._add_noise = add_noise
 
 
 @contextmanager
