@@ -41,7 +41,7 @@ def quiet_known_noise() -> None:
 
 
 # glibc's <malloc.h>
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> None:
@@ -52,7 +52,7 @@ def keep_freed_memory() -> None:
     """
     with contextlib.suppress(OSError, TypeError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)  # the largest that it accepts
+        mallopt(_M_MMAP_MAX, 0)  # no block goes straight back when it is freed
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
@@ -64,7 +64,8 @@ def file_exists(path: str) -> bool:
 
 def absolute_path(path: str, *, base: str) -> str:
     """`path` as seen from `base`; URLs (s3://...) and absolute paths stay as they are."""
-    path = path.removeprefix("file://")  # Lightning takes it for a relative path
+    for prefix in ("file://", "local://"):  # Lightning takes them for relative paths
+        path = path.removeprefix(prefix)
     if "://" in path:
         return path
     return str((Path(base) / Path(path).expanduser()).absolute())
