@@ -36,6 +36,10 @@ def resumed(folder: Path, name: str) -> list[str]:
     return [f"checkpointing.resume_ckpt_path={folder}/{name}/{LAST}"]
 
 
+def at_url(folder: Path, name: str) -> list[str]:
+    return [f"checkpointing.save_dir=file://{folder}/{name}"]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """All runs, by the names of their directories."""
@@ -66,6 +70,11 @@ def folder(tmp_path_factory) -> Path:
             "drawn_otherwise": ["seed=2"],
             "nan": [],
             "fsdp_from_fsdp": ["strategy=fsdp", *resumed(folder, "fsdp_half")],
+            # The same command twice: the second run goes on from what is at the first one's URL.
+            "fsdp_url_half": ["strategy=fsdp", *at_url(folder, "fsdp_url"), *HALF],
+            "fsdp_url": ["strategy=fsdp", *at_url(folder, "fsdp_url")],
+            "ddp_url_half": [*at_url(folder, "ddp_url"), *HALF],
+            "ddp_url": at_url(folder, "ddp_url"),
         }
         changes = {name: [*COMMON, *more] for name, more in pairs.items()}
         (folder / "printed.json").write_text(
@@ -177,6 +186,15 @@ def test_checkpoints_are_whole_and_alike(folder):
 def test_a_run_goes_on_with_another_strategy(folder, name):
     """Two steps there and two here are the four steps of one run."""
     assert_close(folder, name, "one")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddp_url", "fsdp_url"])
+def test_a_run_goes_on_from_a_url(folder, name):
+    """Lightning takes `file://...` for a relative path, where no later run would look."""
+    assert_close(folder, name, "one")
+    history = json.loads((folder / name / "manifest.json").read_text())["history"]
+    assert [start["step"] for start in history] == [0, 2]
 
 
 @pytest.mark.slow

@@ -79,6 +79,7 @@ def test_absolute_path(tmp_path):
     assert absolute_path("a/b", base="/x") == "/x/a/b"
     assert absolute_path("/a", base="/x") == "/a"
     assert absolute_path("gs://a/b", base="/x") == "gs://a/b"
+    assert absolute_path("file:///a", base="/x") == absolute_path("local:///a", base="/x") == "/a"
 
 
 def test_file_exists_takes_files_directories_and_urls(tmp_path):
