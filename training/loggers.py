@@ -12,6 +12,9 @@ from utils import file_exists, get_logger, write_text
 
 logger = get_logger(__name__)
 
+# How long the end of a run waits for a server that has gone, in seconds; wandb's own is for ever.
+_WANDB_FINISH_TIMEOUT = 60
+
 
 def build_loggers(config: DictConfig) -> list[Logger]:
     """The CSV file, and what `logger` asks for; `wandb=null` leaves out Weights & Biases.
@@ -46,12 +49,19 @@ def _wandb_logger(arguments: dict) -> WandbLogger:
 
 
 def wandb_arguments(config: DictConfig) -> dict:
-    """The section `wandb`, the configuration and the run's id; offline without an API key."""
+    """The section `wandb`, the configuration and the run's id; offline without an API key.
+
+    Where the server goes away during the run, training goes on and wandb keeps what it could not
+    send; at the end it tries for a minute more, or for `wandb.settings.finish_timeout` seconds.
+    """
     import wandb
 
     arguments = OmegaConf.to_container(config.wandb, resolve=True)
     arguments["config"] = OmegaConf.to_container(config, resolve=True)
     arguments["id"] = wandb_id(config)
+    if "WANDB_FINISH_TIMEOUT" not in os.environ:
+        settings = arguments.get("settings") or {}
+        arguments["settings"] = {"finish_timeout": _WANDB_FINISH_TIMEOUT} | settings
     is_decided = "offline" in arguments or "WANDB_MODE" in os.environ
     if not is_decided and not wandb.login(prompt=False, verify=False):
         logger.warning("wandb: no API key, logging offline (`wandb login`, or wandb=null for none)")

@@ -11,6 +11,8 @@ from training import loggers
 
 
 class FakeWandbLogger:
+    experiment = None
+
     def __init__(self, **arguments):
         self.arguments = arguments
 
@@ -62,6 +64,15 @@ def test_wandb_keeps_what_the_user_decided(wandb_arguments, monkeypatch):
     assert wandb_arguments("+wandb.offline=false", has_key=False)["offline"] is False
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert "offline" not in wandb_arguments(has_key=False)
+
+
+def test_the_end_of_a_run_waits_a_minute_for_a_server(wandb_arguments, monkeypatch):
+    """wandb waits for ever, and a job without a server would never end."""
+    assert wandb_arguments(has_key=True)["settings"] == {"finish_timeout": 60}
+    changed = wandb_arguments("+wandb.settings={finish_timeout:5,quiet:true}", has_key=True)
+    assert changed["settings"] == {"finish_timeout": 5, "quiet": True}
+    monkeypatch.setenv("WANDB_FINISH_TIMEOUT", "7")
+    assert "settings" not in wandb_arguments(has_key=True)
 
 
 def test_the_installed_wandb_tells_whether_it_has_a_key(with_wandb, monkeypatch, tmp_path):
