@@ -147,8 +147,9 @@ def split_heads(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rotated queries, rotated keys and values, each (B, H, T, d), of (B, T, 3 D)."""
     heads = qkv.unflatten(-1, (3, n_heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, H, T, d)
-    q, k = rotate(heads[:2], cos=cos, sin=sin)
-    return q, k, heads[2]
+    both, v = heads.split((2, 1))  # a gradient of parts that are split is put together in one go
+    q, k = rotate(both, cos=cos, sin=sin)
+    return q, k, v.squeeze(0)
 
 
 def attend_heads(

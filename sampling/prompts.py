@@ -56,6 +56,8 @@ def _read(path: str, *, key: str, is_json: bool) -> list[str]:
     try:
         with fsspec.open(path, "r", encoding="utf-8") as file:
             lines = file.read().splitlines()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: there is no such file of {key}s") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 ({error})") from error
     texts = []
