@@ -70,8 +70,11 @@ class StopSignals:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        is_leaving = isinstance(error, Interrupted) or self.received is not None
         for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
+            # A second signal, Slurm's answer to requeueing say, must not cut short what is left.
+            is_ignored = is_leaving and signum != signal.SIGINT
+            signal.signal(signum, signal.SIG_IGN if is_ignored else handler)
         if isinstance(error, Interrupted):
             _requeue(error.signum)
         elif error is None and self.received is not None:  # it came as training ended
@@ -90,6 +93,8 @@ class StopSignals:
             return
         is_repeated = self.received is not None
         self.received = self.received or signum
+        if is_repeated and not self.is_patient and signum != signal.SIGINT:
+            return  # on the way out already, for the reason that came first
         if not self.is_patient or (is_repeated and signum == signal.SIGINT):
             raise Interrupted(signum)
         name = signal.Signals(signum).name
@@ -165,11 +170,16 @@ class StopOnSignal(Checkpoint):
         self.signals.is_patient = False
 
     def _is_told_to_stop(self, trainer: L.Trainer) -> bool:
-        is_told = self.signals.received is not None
-        return trainer.strategy.reduce_boolean_decision(is_told, all=False)
+        """Whether any process was signalled; all then know by what, its own may come later."""
+        signum = self.signals.received or 0
+        if trainer.world_size > 1:
+            told = torch.tensor(float(signum), device=trainer.strategy.root_device)
+            signum = int(trainer.strategy.reduce(told, reduce_op="max"))
+        self.signals.received = self.signals.received or signum or None
+        return signum > 0
 
     def _stop(self) -> None:
-        raise Interrupted(self.signals.received or signal.SIGTERM)
+        raise Interrupted(self.signals.received)
 
 
 def ignore_stop_signals(worker_id: int) -> None:
@@ -189,7 +199,6 @@ def _requeue(signum: int) -> None:
     job = os.environ.get("SLURM_JOB_ID")
     if signum != signal.SIGUSR1 or job is None or rank_zero_only.rank != 0:
         return
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm's answer; this process is leaving anyway
     try:
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
         problem = done.stderr.strip() if done.returncode else None

@@ -8,7 +8,7 @@ import pytest
 
 from tests.faults.runs import Run, assert_same_training, kill_at
 from tests.small_run import ALGOS
-from training.signals import Interrupted, StopSignals
+from training.signals import STOP_SIGNALS, Interrupted, StopSignals
 
 
 @pytest.fixture
@@ -62,13 +62,18 @@ def test_a_slurm_job_is_requeued(tmp_path, scontrol):
 
 
 @pytest.mark.slow
-def test_two_processes_stop_together(tmp_path):
-    """One of them is told; both finish the step."""
+def test_two_processes_stop_together(tmp_path, scontrol):
+    """One of them is told; both finish the step, and the other one requeues the job.
+
+    Signals reach nodes at different times: where the first process had none yet when it stopped,
+    the job was not requeued.
+    """
     changes = ["algo=mdlm", "trainer.devices=2", "strategy=ddp"]
     run = Run(tmp_path, *changes)
-    stop = kill_at("training_step", step=1, signum=signal.SIGTERM, rank=1)
-    run.run(expected=128 + signal.SIGTERM, preparation=stop)
+    stop = kill_at("training_step", step=1, signum=signal.SIGUSR1, rank=1)
+    run.run(expected=128 + signal.SIGUSR1, preparation=stop, **scontrol("77"))
     assert run.last()["global_step"] == 2
+    assert (tmp_path / "asked").read_text() == "requeue 77\n"
     run.run()
     assert run.last()["global_step"] == 4
 
@@ -77,13 +82,13 @@ def test_before_training_there_is_nothing_to_wait_for(monkeypatch, tmp_path, sco
     """While data are prepared SIGUSR1 ended the process, and the job was not requeued."""
     for name, value in scontrol("77").items():
         monkeypatch.setenv(name, value)
-    handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    handlers = [signal.getsignal(s) for s in STOP_SIGNALS]
     try:
         with pytest.raises(Interrupted, match="SIGUSR1") as stopped, StopSignals():
             os.kill(os.getpid(), signal.SIGUSR1)
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN, "Slurm's answer to requeueing"
     finally:
-        for signum, handler in zip((signal.SIGTERM, signal.SIGINT), handlers, strict=True):
+        for signum, handler in zip(STOP_SIGNALS, handlers, strict=True):
             signal.signal(signum, handler)
     assert stopped.value.exit_code == 128 + signal.SIGUSR1
     assert (tmp_path / "asked").read_text() == "requeue 77\n"
@@ -100,14 +105,33 @@ def test_only_a_second_ctrl_c_does_not_wait():
         signals.received = None
 
 
+def test_the_first_reason_counts(monkeypatch, tmp_path, scontrol):
+    """A SIGTERM while the run is being put away took the place of SIGUSR1: no requeueing."""
+    for name, value in scontrol("77").items():
+        monkeypatch.setenv(name, value)
+    before = {s: signal.getsignal(s) for s in STOP_SIGNALS}
+    try:
+        with pytest.raises(Interrupted, match="SIGUSR1"), StopSignals():
+            try:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            finally:
+                os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGUSR1)  # late, as the process exits
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    assert (tmp_path / "asked").read_text() == "requeue 77\n"
+
+
 def test_what_slurm_refuses_is_said(monkeypatch, scontrol, caplog):
     for name, value in scontrol("13").items():
         monkeypatch.setenv(name, value)
-    before = signal.getsignal(signal.SIGTERM)
+    before = {s: signal.getsignal(s) for s in STOP_SIGNALS}
     try:
         with pytest.raises(Interrupted), StopSignals() as signals:
             signals.is_patient = True
             os.kill(os.getpid(), signal.SIGUSR1)  # training ends before it can react
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
     assert "Slurm job 13 is not requeued" in caplog.text
