@@ -10,6 +10,18 @@ from tests.faults.runs import Run, assert_same_training, kill_at
 from tests.small_run import ALGOS
 from training.signals import STOP_SIGNALS, Interrupted, StopSignals
 
+CHANGES = [*ALGOS["bd3lm"], "loader.batch_size=2", "loader.num_workers=1",
+           "trainer.val_check_interval=8", "trainer.max_steps=6",
+           "callbacks.checkpoint_every_n_steps.every_n_train_steps=500"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory) -> dict:
+    """The last checkpoint of a run that nothing happens to."""
+    run = Run(tmp_path_factory.mktemp("straight"), *CHANGES)
+    run.run()
+    return run.last()
+
 
 @pytest.fixture
 def scontrol(tmp_path):
@@ -33,19 +45,14 @@ def scontrol(tmp_path):
         (signal.SIGTERM, "validation_step"),
     ],
 )
-def test_stops_after_the_step_and_goes_on(signum, hook, tmp_path):
+def test_stops_after_the_step_and_goes_on(signum, hook, tmp_path, straight):
     """The signal comes in the first of the two batches of a step, or in a validation."""
-    changes = [*ALGOS["bd3lm"], "loader.batch_size=2", "loader.num_workers=1",
-               "trainer.val_check_interval=8", "trainer.max_steps=6",
-               "callbacks.checkpoint_every_n_steps.every_n_train_steps=500"]  # fmt: skip
-    run = Run(tmp_path / "interrupted", *changes)
+    run = Run(tmp_path, *CHANGES)
     output = run.run(expected=128 + signum, preparation=kill_at(hook, step=4, signum=signum))
     assert f"stopped by {signum.name}; the same command goes on" in output
     assert run.last()["global_step"] == (5 if hook == "training_step" else 4)
     run.run()
-    straight = Run(tmp_path / "straight", *changes)
-    straight.run()
-    assert_same_training(straight.last(), run.last())
+    assert_same_training(straight, run.last())
 
 
 @pytest.mark.slow
