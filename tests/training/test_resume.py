@@ -81,7 +81,7 @@ def logged(rows: list[dict]) -> dict[tuple[str, int], tuple[float, str]]:
         (name, int(row["step"])): (float(value), row["epoch"])
         for row in rows
         for name, value in row.items()
-        if value and name not in ("step", "epoch") and "per_second" not in name
+        if value and name not in ("step", "epoch") and "second" not in name
     }
 
 
