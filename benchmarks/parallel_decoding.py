@@ -16,13 +16,13 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedTokenizerBase
 
 from benchmarks.machine import description
+from benchmarks.steps import compose
 from configuration import validate
 from dataloader import get_tokenizer
 from diffusion import Diffusion, load_model
@@ -36,7 +36,6 @@ from generation import (
     to_records,
 )
 from metrics import GenerativePerplexity
-from resolvers import register_resolvers
 from sampling.options import SamplingOptions
 from utils import keep_freed_memory, resolve_device
 
@@ -73,11 +72,11 @@ def measure(
     model: Diffusion,
     scorer: GenerativePerplexity,
     *,
+    tokenizer: PreTrainedTokenizerBase,
     setting: str,
     options: SamplingOptions,
 ) -> Figures:
     """Sample every row of the configuration in one way, and score it."""
-    tokenizer = get_tokenizer(config)
     rows = canvas_rows(config, tokenizer, mask_index=model.mask_index)
     began, records, scoring = time.monotonic(), [], 0.0
     for start, batch, output in draw_batches(config, model, tokenizer, rows, options=options):
@@ -141,10 +140,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="draw them into this PNG")
     arguments = parser.parse_intermixed_args()
     keep_freed_memory()
-    register_resolvers()
-    configs = Path(__file__).resolve().parents[1] / "configs"
-    with initialize_config_dir(str(configs), version_base=None):
-        config = compose("config", ["mode=sample_eval", "then=[]", *arguments.overrides])
+    config = compose(["mode=sample_eval", "then=[]", *arguments.overrides])
     validate(config)
     device = resolve_device(config.trainer.accelerator)
     scorer = load_scorer(config, device)
@@ -155,9 +151,8 @@ def main() -> None:
     make_fast(model, config)
     options = sampling_options(config, decode=tokenizer.decode)
     options = suit_vocabulary(options, vocab_size=model.backbone.config.vocab_size)
-    torch.manual_seed(config.seed)
     rows = [
-        measure(config, model, scorer, setting=name, options=each)
+        measure(config, model, scorer, tokenizer=tokenizer, setting=name, options=each)
         for name, each in settings(options, block_size=config.block_size).items()
     ]
     title = f"{config.algo.name}, block size {config.block_size}, N = {config.model.length}"

@@ -1,7 +1,7 @@
 """Training steps and evaluations that benchmarks time: the project's own and the reference's."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,7 +66,6 @@ class StubTokenizer:
 
 def make_config(job: Job) -> DictConfig:
     """The composed configuration of a job."""
-    register_resolvers()
     overrides = [
         f"algo={job.algo}",
         f"model={job.model}",
@@ -80,8 +79,14 @@ def make_config(job: Job) -> DictConfig:
     if job.algo == "bd3lm":
         overrides.append(f"algo.var_min={job.work == 'search'}")
         overrides.append(f"algo.clip_search_widths=[{','.join(map(str, WIDTHS))}]")
+    return compose([*overrides, *job.overrides])
+
+
+def compose(overrides: Sequence[str]) -> DictConfig:
+    """The project's configuration with these overrides, as `main.py` takes them."""
+    register_resolvers()
     with hydra.initialize_config_dir(str(CONFIGS), version_base=None):
-        return hydra.compose("config", [*overrides, *job.overrides])
+        return hydra.compose("config", list(overrides))
 
 
 def make_model(config: DictConfig, device: torch.device) -> Diffusion:

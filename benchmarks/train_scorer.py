@@ -13,12 +13,11 @@ from pathlib import Path
 
 import rich.progress
 import torch
-from hydra import compose, initialize_config_dir
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from benchmarks.steps import compose
 from configuration import validate
 from dataloader import get_dataloaders, get_tokenizer
-from resolvers import register_resolvers
 from utils import keep_freed_memory, resolve_device
 
 
@@ -30,10 +29,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600)
     arguments = parser.parse_intermixed_args()
     keep_freed_memory()
-    register_resolvers()
-    configs = Path(__file__).resolve().parents[1] / "configs"
-    with initialize_config_dir(str(configs), version_base=None):
-        config = compose("config", ["mode=train", "then=[]", *arguments.overrides])
+    config = compose(["mode=train", "then=[]", *arguments.overrides])
     validate(config)
     torch.manual_seed(config.seed)
     device = resolve_device(config.trainer.accelerator)
