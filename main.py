@@ -23,6 +23,7 @@ from training.checkpointing import load_weights, read_weights
 from training.loggers import build_loggers
 from training.manifest import RunManifest
 from training.nan_guard import NanGuard
+from training.parallel import leave_process_group
 from training.resume import ResumeState, newest_whole_checkpoint
 from training.signals import Interrupted, StopOnSignal, StopSignals
 from training.throughput import Throughput
@@ -206,6 +207,8 @@ def main(config: DictConfig) -> None:
     except Interrupted as stop:
         logger.warning("%s; the same command goes on from here", stop)
         sys.exit(stop.exit_code)
+    finally:
+        leave_process_group()
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 out the runs of FOLDER/runs.json, each in a directory of its own, and with gloo on the CPU.
 """
 
+import gc
 import hashlib
 import json
 import logging
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 from hydra import compose, initialize_config_dir
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 import batch_size
 import diffusion
@@ -25,6 +27,7 @@ import main
 import resolvers
 from tests.conftest import PROJECT
 from tests.small_run import overrides
+from training.parallel import leave_process_group
 
 TIMEOUT = 150  # seconds for all runs of a pair
 
@@ -173,3 +176,7 @@ if __name__ == "__main__":
     place = Path(sys.argv[1])
     for run_name, run_changes in json.loads((place / "runs.json").read_text()).items():
         run(place, run_name, run_changes)
+    leave_process_group()
+    # One that is still referred to could abort the process at its end, now and then.
+    alive = [o for o in gc.get_objects() if isinstance(o, DistributedDataParallel)]
+    assert not alive, f"still referred to by {gc.get_referrers(*alive)}"

@@ -1,9 +1,11 @@
-"""`strategy=fsdp`: weights, gradients and optimizer state spread over the processes.
+"""Several processes: `strategy=fsdp`, and how all of them end.
 
-Lightning's `ModelParallelStrategy` with FSDP2, which clips gradients by norm and also runs on a
-CPU, with checkpoints in the format of every other run: one file of whole tensors.
+With fsdp weights, gradients and optimizer state are spread over the processes: Lightning's
+`ModelParallelStrategy` with FSDP2, which clips gradients by norm and also runs on a CPU, with
+checkpoints in the format of every other run: one file of whole tensors.
 """
 
+import gc
 from typing import Any
 
 import torch
@@ -68,3 +70,14 @@ def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
         for index, values in state["state"].items()
     }
     optimizer.load_state_dict({"state": placed_state, "param_groups": state["param_groups"]})
+
+
+def leave_process_group() -> None:
+    """End what connects the processes, if anything does; call it when no trainer is left.
+
+    A gradient's all-reduce may still be held by a thread of gloo when Python ends, which then
+    aborts the process. The threads end with the group, and the group when no module refers to it.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        gc.collect()  # trainers and their modules refer to each other
+        torch.distributed.destroy_process_group()
