@@ -7,10 +7,10 @@ from typing import Any
 import lightning as L
 from omegaconf import DictConfig
 
-from configuration import config_hash
 from dataloader import get_dataloaders, get_tokenizer
 from diffusion import load_model
 from report import print_table
+from training.manifest import config_hash
 from utils import absolute_path, write_text
 
 

@@ -13,7 +13,6 @@ from rich.text import Text
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from configuration import config_hash
 from dataloader import get_tokenizer
 from diffusion import Diffusion, load_model
 from metrics import GenerativePerplexity, SampleScore, ScorerUnavailableError, token_entropy
@@ -26,6 +25,7 @@ from sampling.options import SMALL_VOCABULARY, SamplingOptions
 from sampling.prompts import CanvasRow, gap_row, prompt_row, read_gap_texts, read_prompts, stack
 from sampling.stopping import Decode
 from sampling.trace import Trace
+from training.manifest import config_hash
 from utils import (
     absolute_path,
     get_logger,

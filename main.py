@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from batch_size import find_batch_size
-from configuration import config_hash, ignored_key_warnings, validate
+from configuration import ignored_key_warnings, validate
 from dataloader import get_dataloaders, get_tokenizer
 from diffusion import Diffusion, new_model
 from evaluation import ppl_eval
@@ -88,9 +88,7 @@ def build_trainer(config: DictConfig, *, signals: StopSignals | None = None) -> 
             callbacks.append(EMACallback(config.training.ema))
         last = LastCheckpoint()
         save_dir = config.checkpointing.save_dir
-        manifest = RunManifest(
-            f"{save_dir}/manifest.json", config, config_hash=config_hash(config)
-        )
+        manifest = RunManifest(f"{save_dir}/manifest.json", config)
         callbacks += [NanGuard(save_dir), Throughput(), manifest]
         # The last one: a validation that was due is made up for when all others have begun.
         rows_per_batch = config.loader.batch_size * world_size(config.trainer)

@@ -8,7 +8,6 @@ import torch
 
 import diffusion
 import generation
-from configuration import config_hash
 from corpora.tokenization import load_tokenizer
 from diffusion import Diffusion
 from generation import canvas_rows, sample_eval, sampling_options, suit_vocabulary, summary
@@ -168,13 +167,6 @@ def test_blank_rows_follow_max_new_tokens(compose, tmp_path):
     config = compose(overrides(tmp_path, "mode=sample_eval", "sampling.max_new_tokens=9"))
     rows = canvas_rows(config, load_tokenizer("bytes"), mask_index=259)
     assert {row.limit for row in rows} == {10} and len(rows) == config.loader.eval_batch_size
-
-
-def test_hash_follows_the_configuration(compose, tmp_path):
-    one, same, other = (
-        config_hash(compose(overrides(tmp_path, f"seed={seed}"))) for seed in (1, 1, 2)
-    )
-    assert one == same != other and len(one) == 16
 
 
 def test_trace_replays_every_sample(small_run, tmp_path):

@@ -23,6 +23,9 @@ README = (PROJECT / "README.md").read_text()
 CODE = re.findall(r"^```\w*\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
 PROSE = re.sub(r"^```.*?^```", "", README, flags=re.DOTALL | re.MULTILINE)
 INLINE = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", PROSE)]
+FOLDERS = (
+    ".", "configuration", "corpora", "models", "models/hf", "sampling", "scripts", "training",
+)  # fmt: skip
 # The panels of the picture, in the order of its axes: pattern, block size, length of a half.
 PANELS = (
     (AttentionPattern.BLOCK_DIFFUSION, BLOCK_SIZE, 2 * LENGTH),
@@ -141,7 +144,7 @@ def test_data_table(compose):
 
 
 def test_ignored_keys_are_listed():
-    """Keys that do nothing are those that `configuration.py` warns of."""
+    """Keys that do nothing are those that `configuration/` warns of."""
     text = section("Keys that are accepted and do nothing").split("\n\n")[0]
     assert set(re.findall(r"`([^`]+)`", text)) == set(configuration.IGNORED_KEYS)
 
@@ -153,7 +156,7 @@ def test_layout_names_what_is_there():
         assert (PROJECT / name).exists(), name
     modules = {
         str(path.relative_to(PROJECT))
-        for folder in (".", "models", "models/hf", "sampling", "training", "corpora", "scripts")
+        for folder in FOLDERS
         for path in (PROJECT / folder).glob("*.py")
         if path.name != "__init__.py"
     }

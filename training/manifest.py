@@ -1,6 +1,7 @@
 """`manifest.json`: what a run was made of, and each time it was started."""
 
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -44,24 +45,22 @@ class RunManifest(L.Callback):
     Args:
         path: of the file, any place fsspec reaches.
         config: the composed configuration.
-        config_hash: of it.
     """
 
-    def __init__(self, path: str, config: DictConfig, *, config_hash: str):
+    def __init__(self, path: str, config: DictConfig):
         self.path = path
         self.config = config
-        self.config_hash = config_hash
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        commit = git_commit()
+        commit, digest = git_commit(), config_hash(self.config)
         start = {
             "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "step": trainer.global_step,
             "host": socket.gethostname(),
             "world_size": trainer.world_size,
-            "config_hash": self.config_hash,
+            "config_hash": digest,
             "git_commit": commit,
             "slurm_job": os.environ.get("SLURM_JOB_ID"),
             "slurm_restarts": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
@@ -70,7 +69,7 @@ class RunManifest(L.Callback):
             "command": sys.argv,
             "git_commit": commit,
             "versions": versions(),
-            "config_hash": self.config_hash,
+            "config_hash": digest,
             "world_size": trainer.world_size,
             "num_nodes": trainer.num_nodes,
             "strategy": type(trainer.strategy).__name__,
@@ -90,6 +89,12 @@ class RunManifest(L.Callback):
             return []
         with fsspec.open(self.path, "r", encoding="utf-8") as file:
             return json.load(file)["history"]
+
+
+def config_hash(config: DictConfig) -> str:
+    """Sixteen hex digits of the resolved configuration."""
+    resolved = json.dumps(OmegaConf.to_container(config, resolve=True), sort_keys=True)
+    return hashlib.sha256(resolved.encode()).hexdigest()[:16]
 
 
 def describe_rows(loader: DataLoader | None) -> dict[str, Any] | None:

@@ -53,6 +53,13 @@ def test_each_start_adds_to_the_history(start):
     assert second["config"]["trainer"]["max_steps"] == 4
 
 
+def test_the_hash_follows_the_configuration(compose, tmp_path):
+    one, same, other = (
+        manifest.config_hash(compose(overrides(tmp_path, f"seed={seed}"))) for seed in (1, 1, 2)
+    )
+    assert one == same != other and len(one) == 16
+
+
 def test_the_commit_of_a_checkout(tmp_path, monkeypatch):
     """A changed file makes it `-dirty`; outside a checkout there is none."""
     monkeypatch.setattr(manifest, "__file__", str(tmp_path / "training/manifest.py"))

@@ -1,129 +1,15 @@
-"""The rules of a valid run, and the keys that do nothing.
+"""Which values of several keys go together.
 
-`validate` comes right after Hydra has composed, before anything is loaded. Every rule raises a
-`ValueError` that names key, value and what is allowed.
+A rule yields the keys that are wrong and what is allowed instead. It reads what the rules of
+`single_keys` have checked.
 """
 
-import hashlib
-import json
-import math
-from collections.abc import Callable, Iterator
-from typing import Any
-
 import torch
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig
 
-from resolvers import devices_per_node, div_up, world_size
-
-FULL_RANGE_LOW = 1e-3  # the lower end of the unclipped range of masked fractions
-
-
-# --- keys that exist and do nothing ---------------------------------------------------------
-
-# The original accepts these without reading them. They stay so that its commands keep working.
-IGNORED_KEYS: dict[str, Any] = {
-    "diffusion": "absorbing_state",
-    "training.coeff_clip": -1.0,
-    "sampling.noise_removal": False,
-    "model.scale_by_sigma": True,
-    "model.tie_word_embeddings": True,
-    "noise.sigma_min": 1e-4,
-    "noise.sigma_max": 20,
-    "algo.dropout": 0.0,
-    "algo.causal_attention": False,  # True in algo=ar
-    "eval.generate_samples": False,
-    "eval.compute_perplexity_on_sanity": False,
-}
-
-
-def ignored_key_warnings(config: DictConfig) -> list[str]:
-    """Returns one sentence for each key the user changed although it does nothing."""
-    defaults = IGNORED_KEYS | {"algo.causal_attention": config["algo"]["name"] == "ar"}
-    return [
-        f"{key}={_value(config, key)} has no effect: the key is accepted for compatibility "
-        f"(default {default})"
-        for key, default in defaults.items()
-        if _value(config, key) != default
-    ]
-
-
-# --- tables of allowed values ---------------------------------------------------------------
-
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "mode": ("train", "ppl_eval", "sample_eval"),
-    "algo.name": ("ar", "bd3lm", "mdlm", "sedd"),
-    "algo.parameterization": ("ar", "subs", "sedd"),
-    "algo.backbone": ("dit", "hf_dit"),
-    "algo.sampler": ("ar", "semi_ar", "analytic"),
-    "noise.type": ("loglinear", "square", "square_root", "log", "cosine"),
-    "model.attn_backend": ("flash_attn", "auto", "flex", "sdpa"),
-    "training.activation_checkpointing": ("none", "blocks"),
-    "logger.name": ("wandb", "tensorboard", "csv"),
-    "trainer.accelerator": ("auto", "cpu", "cuda", "gpu"),
-}
-
-# An integer or any real number, and its interval. A key whose default is computed from another
-# one comes after it, so that the error names the key the user wrote.
-_NUMBERS: dict[str, tuple[type, str]] = {
-    "seed": (int, "[0, 4294967295]"),
-    "model.length": (int, "[1, inf)"),
-    "block_size": (int, "[1, inf)"),
-    "model.hidden_size": (int, "[1, inf)"),
-    "model.cond_dim": (int, "[1, inf)"),
-    "model.n_blocks": (int, "[1, inf)"),
-    "model.n_heads": (int, "[1, inf)"),
-    "model.dropout": (float, "[0, 1)"),
-    "trainer.num_nodes": (int, "[1, inf)"),
-    "loader.global_batch_size": (int, "[1, inf)"),
-    "loader.eval_global_batch_size": (int, "[1, inf)"),
-    "loader.batch_size": (int, "[1, inf)"),
-    "loader.eval_batch_size": (int, "[1, inf)"),
-    "loader.num_workers": (int, "[0, inf)"),
-    "sampling.num_sample_batches": (int, "[1, inf)"),
-    "sampling.nucleus_p": (float, "(0, 1]"),
-    "sampling.max_retries": (int, "[0, inf)"),
-    "training.ema": (float, "[0, 1)"),
-    "training.sampling_eps": (float, "(0, 1)"),
-    "training.sampling_eps_min": (float, "(0, 1]"),
-    "training.sampling_eps_max": (float, "(0, 1]"),
-    "eval.perplexity_batch_size": (int, "[1, inf)"),
-    "optim.lr": (float, "(0, inf)"),
-    "optim.weight_decay": (float, "[0, inf)"),
-    "optim.beta1": (float, "[0, 1)"),
-    "optim.beta2": (float, "[0, 1)"),
-    "optim.eps": (float, "(0, inf)"),
-    "algo.T": (int, "[0, inf)"),
-    "algo.clip_search_delta": (float, "(0, 1)"),
-    "trainer.accumulate_grad_batches": (int, "[1, inf)"),
-    "trainer.num_sanity_val_steps": (int, "[-1, inf)"),
-    "trainer.max_steps": (int, "[-1, inf)"),
-    "trainer.log_every_n_steps": (int, "[1, inf)"),
-    "trainer.limit_train_batches": (float, "(0, inf)"),
-    "trainer.limit_val_batches": (float, "[0, inf)"),  # 0 switches validation off
-    "trainer.val_check_interval": (float, "(0, inf)"),
-}
-
-_FLAGS = (
-    "sampling.var_length",
-    "sampling.first_hitting",
-    "sampling.kv_cache",
-    "sampling.stop_on_eos",
-    "eval.any_block_size",
-    "sampling.compile",
-    "sampling.live",
-    "training.antithetic_sampling",
-    "training.resample",
-    "training.eval_nll",
-    "eval.disable_ema",
-    "algo.time_conditioning",
-    "algo.ignore_bos",
-    "algo.cross_attn",
-    "algo.var_min",
-    "algo.fix_clipping",
-    "algo.mdlm_loss_scale",
-    "model.adaln",
-    "checkpointing.resume_from_ckpt",
-)
+from configuration.single_keys import Problems, Rule, is_number, lies_in, value_of
+from forward_process import ClipInterval
+from resolvers import div_up, world_size
 
 # algo.name -> (algo.parameterization, algo.sampler)
 _ALGOS = {
@@ -134,89 +20,13 @@ _ALGOS = {
 }
 
 
-def _value(config: DictConfig, key: str) -> Any:
-    """Returns the value at a dotted key, with its interpolation resolved."""
-    node = config
-    for part in key.split("."):
-        node = node[part]
-    return node
-
-
 def _modes(config: DictConfig) -> set[str]:
     """Returns every mode of the run."""
     return {config["mode"], *config["then"]}
 
 
-def _lies_in(value: float, interval: str) -> bool:
-    """Tells whether a number lies in an interval such as "(0, 1]"."""
-    low, high = (float(bound) for bound in interval[1:-1].split(","))
-    above = value >= low if interval[0] == "[" else value > low
-    below = value <= high if interval[-1] == "]" else value < high
-    return above and below
-
-
-def _is_number(value: Any, kind: type) -> bool:
-    """Tells whether a value is an int, or also a float where `kind` is float; never a bool."""
-    return type(value) is int or (kind is float and type(value) is float)
-
-
-# --- rules: each yields the keys that are wrong and what is allowed instead ------------------
-
-Problems = Iterator[tuple[str, str]]
-
-
-def _choices(config: DictConfig) -> Problems:
-    """A name is one of the known ones."""
-    for key, allowed in _CHOICES.items():
-        if _value(config, key) not in allowed:
-            yield key, f"allowed are {', '.join(allowed)}"
-
-
-def _following_modes(config: DictConfig) -> Problems:
-    """The modes that follow the first one are modes too."""
-    modes = _CHOICES["mode"]
-    if not isinstance(config["then"], ListConfig) or not set(config["then"]) <= set(modes):
-        yield "then", f"allowed is a list of {', '.join(modes)}"
-
-
-def _devices(config: DictConfig) -> Problems:
-    """The devices are in a form that Lightning takes, and GPUs are asked for where they exist."""
-    trainer = config["trainer"]
-    devices_per_node(trainer["devices"], trainer["accelerator"])
-    if trainer["accelerator"] in ("cuda", "gpu") and not torch.cuda.is_available():
-        yield "trainer.accelerator", "no CUDA device is visible here; allowed are cpu, auto"
-
-
-def _numbers(config: DictConfig) -> Problems:
-    """A number is of the right type and lies in its interval."""
-    for key, (kind, interval) in _NUMBERS.items():
-        value = _value(config, key)
-        if key == "loader.batch_size" and value == "auto":  # see `_automatic_batch_size`
-            continue
-        if not _is_number(value, kind) or not _lies_in(value, interval):
-            yield key, f"allowed is {'an integer' if kind is int else 'a number'} in {interval}"
-
-
-def _flags(config: DictConfig) -> Problems:
-    """A switch is true or false."""
-    for key in _FLAGS:
-        if type(_value(config, key)) is not bool:
-            yield key, "allowed are true and false"
-
-
-def _compile(config: DictConfig) -> Problems:
-    """A switch that may also be left to the device."""
-    value = config["training"]["compile"]
-    if type(value) is not bool and value != "auto":
-        yield "training.compile", "allowed are true, false and auto"
-
-
-def _fractions(config: DictConfig) -> Problems:
-    """A float number of batches is a fraction of the data set, as in Lightning."""
-    for key in ("limit_train_batches", "limit_val_batches", "val_check_interval"):
-        value = config["trainer"][key]
-        if type(value) is float and value > 1.0:
-            yield f"trainer.{key}", "allowed are an integer (batches) and a float <= 1 (a fraction)"
+def _evaluation_needs_batches(config: DictConfig) -> Problems:
+    """0 switches validation off, which is all that an evaluation does."""
     if "ppl_eval" in _modes(config) and config["trainer"]["limit_val_batches"] == 0:
         yield "trainer.limit_val_batches", "allowed with mode=ppl_eval are positive numbers"
 
@@ -297,10 +107,8 @@ def _clipped_range(config: DictConfig) -> Problems:
 def _resampling(config: DictConfig) -> Problems:
     """Drawing again ends only if a block can realise some masked fraction inside the range."""
     low, high = config["training"]["sampling_eps_min"], config["training"]["sampling_eps_max"]
-    least = 0.0 if low == FULL_RANGE_LOW else low  # the full range's end does not bind
-    size, slack = config["block_size"], FULL_RANGE_LOW / 2  # the slack of ClipInterval.mask_counts
-    reachable = math.floor(high * size + slack) >= math.ceil(least * size - slack)
-    if config["training"]["resample"] and not reachable:
+    size = config["block_size"]
+    if config["training"]["resample"] and not ClipInterval(low, high).mask_counts(size):
         yield (
             "training.resample",
             f"allowed with block_size={size} are ranges that hold a multiple of 1/{size}, unlike "
@@ -311,10 +119,10 @@ def _resampling(config: DictConfig) -> Problems:
 def _clip_search_widths(config: DictConfig) -> Problems:
     """A candidate width is a fraction, and with resampling wide enough to hold some count."""
     key, size = "algo.clip_search_widths", config["block_size"]
-    widths = _value(config, key)
+    widths = value_of(config, key)
     if not isinstance(widths, ListConfig):
         yield key, "allowed is a list of numbers in (0, 1)"
-    if not all(_is_number(width, float) and _lies_in(width, "(0, 1)") for width in widths):
+    if not all(is_number(width, float) and lies_in(width, "(0, 1)") for width in widths):
         yield key, "allowed are numbers in (0, 1)"
     if config["training"]["resample"] and size > 1 and any(width * size < 1 for width in widths):
         yield (
@@ -364,16 +172,6 @@ def _sampling_texts(config: DictConfig) -> Problems:
     limit = sampling["max_new_tokens"]
     if limit is not None and (type(limit) is not int or limit < 1):
         yield "sampling.max_new_tokens", "allowed are null and an integer in [1, inf)"
-
-
-def _weights_that_may_differ(config: DictConfig) -> Problems:
-    """Weights are named, or a pattern of theirs is."""
-    names = config["eval"]["allow_missing"]
-    if not isinstance(names, ListConfig) or not all(isinstance(name, str) for name in names):
-        yield (
-            "eval.allow_missing",
-            "allowed is a list of names of weights, such as [backbone.output_layer.*]",
-        )
 
 
 def _kv_cache(config: DictConfig) -> Problems:
@@ -436,15 +234,8 @@ def _global_batch(config: DictConfig) -> Problems:
         )
 
 
-# In this order: what a rule reads has been checked by the ones before it.
-RULES: tuple[Callable[[DictConfig], Problems], ...] = (
-    _choices,
-    _following_modes,
-    _devices,
-    _numbers,
-    _flags,
-    _compile,
-    _fractions,
+RULES: tuple[Rule, ...] = (
+    _evaluation_needs_batches,
     _block_divides_length,
     _head_size,
     _algo_combination,
@@ -458,28 +249,7 @@ RULES: tuple[Callable[[DictConfig], Problems], ...] = (
     _sampling_steps,
     _sampling_without_time,
     _sampling_texts,
-    _weights_that_may_differ,
     _kv_cache,
     _automatic_batch_size,
     _global_batch,
 )
-
-
-def validate(config: DictConfig) -> None:
-    """Refuses a run that cannot work, before anything is loaded.
-
-    Args:
-        config: the composed configuration.
-
-    Raises:
-        ValueError: the first problem, as `key=value: what is allowed`.
-    """
-    for rule in RULES:
-        for key, allowed in rule(config):
-            raise ValueError(f"{key}={_value(config, key)}: {allowed}")
-
-
-def config_hash(config: DictConfig) -> str:
-    """Sixteen hex digits of the resolved configuration."""
-    resolved = json.dumps(OmegaConf.to_container(config, resolve=True), sort_keys=True)
-    return hashlib.sha256(resolved.encode()).hexdigest()[:16]

@@ -1,0 +1,193 @@
+"""What each key of the configuration may be on its own, and the rules that look it up.
+
+A rule yields the keys that are wrong and what is allowed instead.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, ListConfig
+
+from resolvers import devices_per_node
+
+Problems = Iterator[tuple[str, str]]
+Rule = Callable[[DictConfig], Problems]
+
+
+# --- tables of allowed values ---------------------------------------------------------------
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "mode": ("train", "ppl_eval", "sample_eval"),
+    "algo.name": ("ar", "bd3lm", "mdlm", "sedd"),
+    "algo.parameterization": ("ar", "subs", "sedd"),
+    "algo.backbone": ("dit", "hf_dit"),
+    "algo.sampler": ("ar", "semi_ar", "analytic"),
+    "noise.type": ("loglinear", "square", "square_root", "log", "cosine"),
+    "model.attn_backend": ("flash_attn", "auto", "flex", "sdpa"),
+    "training.activation_checkpointing": ("none", "blocks"),
+    "logger.name": ("wandb", "tensorboard", "csv"),
+    "trainer.accelerator": ("auto", "cpu", "cuda", "gpu"),
+}
+
+# An integer or any real number, and its interval. A key whose default is computed from another
+# one comes after it, so that the error names the key the user wrote.
+_NUMBERS: dict[str, tuple[type, str]] = {
+    "seed": (int, "[0, 4294967295]"),
+    "model.length": (int, "[1, inf)"),
+    "block_size": (int, "[1, inf)"),
+    "model.hidden_size": (int, "[1, inf)"),
+    "model.cond_dim": (int, "[1, inf)"),
+    "model.n_blocks": (int, "[1, inf)"),
+    "model.n_heads": (int, "[1, inf)"),
+    "model.dropout": (float, "[0, 1)"),
+    "trainer.num_nodes": (int, "[1, inf)"),
+    "loader.global_batch_size": (int, "[1, inf)"),
+    "loader.eval_global_batch_size": (int, "[1, inf)"),
+    "loader.batch_size": (int, "[1, inf)"),
+    "loader.eval_batch_size": (int, "[1, inf)"),
+    "loader.num_workers": (int, "[0, inf)"),
+    "sampling.num_sample_batches": (int, "[1, inf)"),
+    "sampling.nucleus_p": (float, "(0, 1]"),
+    "sampling.max_retries": (int, "[0, inf)"),
+    "training.ema": (float, "[0, 1)"),
+    "training.sampling_eps": (float, "(0, 1)"),
+    "training.sampling_eps_min": (float, "(0, 1]"),
+    "training.sampling_eps_max": (float, "(0, 1]"),
+    "eval.perplexity_batch_size": (int, "[1, inf)"),
+    "optim.lr": (float, "(0, inf)"),
+    "optim.weight_decay": (float, "[0, inf)"),
+    "optim.beta1": (float, "[0, 1)"),
+    "optim.beta2": (float, "[0, 1)"),
+    "optim.eps": (float, "(0, inf)"),
+    "algo.T": (int, "[0, inf)"),
+    "algo.clip_search_delta": (float, "(0, 1)"),
+    "trainer.accumulate_grad_batches": (int, "[1, inf)"),
+    "trainer.num_sanity_val_steps": (int, "[-1, inf)"),
+    "trainer.max_steps": (int, "[-1, inf)"),
+    "trainer.log_every_n_steps": (int, "[1, inf)"),
+    "trainer.limit_train_batches": (float, "(0, inf)"),
+    "trainer.limit_val_batches": (float, "[0, inf)"),  # 0 switches validation off
+    "trainer.val_check_interval": (float, "(0, inf)"),
+}
+
+_FLAGS = (
+    "sampling.var_length",
+    "sampling.first_hitting",
+    "sampling.kv_cache",
+    "sampling.stop_on_eos",
+    "eval.any_block_size",
+    "sampling.compile",
+    "sampling.live",
+    "training.antithetic_sampling",
+    "training.resample",
+    "training.eval_nll",
+    "eval.disable_ema",
+    "algo.time_conditioning",
+    "algo.ignore_bos",
+    "algo.cross_attn",
+    "algo.var_min",
+    "algo.fix_clipping",
+    "algo.mdlm_loss_scale",
+    "model.adaln",
+    "checkpointing.resume_from_ckpt",
+)
+
+def value_of(config: DictConfig, key: str) -> Any:
+    """Returns the value at a dotted key, with its interpolation resolved."""
+    node = config
+    for part in key.split("."):
+        node = node[part]
+    return node
+
+
+def lies_in(value: float, interval: str) -> bool:
+    """Tells whether a number lies in an interval such as "(0, 1]"."""
+    low, high = (float(bound) for bound in interval[1:-1].split(","))
+    above = value >= low if interval[0] == "[" else value > low
+    below = value <= high if interval[-1] == "]" else value < high
+    return above and below
+
+
+def is_number(value: Any, kind: type) -> bool:
+    """Tells whether a value is an int, or also a float where `kind` is float; never a bool."""
+    return type(value) is int or (kind is float and type(value) is float)
+
+
+# --- rules -----------------------------------------------------------------------------------
+
+
+def _choices(config: DictConfig) -> Problems:
+    """A name is one of the known ones."""
+    for key, allowed in _CHOICES.items():
+        if value_of(config, key) not in allowed:
+            yield key, f"allowed are {', '.join(allowed)}"
+
+
+def _following_modes(config: DictConfig) -> Problems:
+    """The modes that follow the first one are modes too."""
+    modes = _CHOICES["mode"]
+    if not isinstance(config["then"], ListConfig) or not set(config["then"]) <= set(modes):
+        yield "then", f"allowed is a list of {', '.join(modes)}"
+
+
+def _devices(config: DictConfig) -> Problems:
+    """The devices are in a form that Lightning takes, and GPUs are asked for where they exist."""
+    trainer = config["trainer"]
+    devices_per_node(trainer["devices"], trainer["accelerator"])
+    if trainer["accelerator"] in ("cuda", "gpu") and not torch.cuda.is_available():
+        yield "trainer.accelerator", "no CUDA device is visible here; allowed are cpu, auto"
+
+
+def _numbers(config: DictConfig) -> Problems:
+    """A number is of the right type and lies in its interval."""
+    for key, (kind, interval) in _NUMBERS.items():
+        value = value_of(config, key)
+        if key == "loader.batch_size" and value == "auto":  # `combinations` has rules of its own
+            continue
+        if not is_number(value, kind) or not lies_in(value, interval):
+            yield key, f"allowed is {'an integer' if kind is int else 'a number'} in {interval}"
+
+
+def _flags(config: DictConfig) -> Problems:
+    """A switch is true or false."""
+    for key in _FLAGS:
+        if type(value_of(config, key)) is not bool:
+            yield key, "allowed are true and false"
+
+
+def _compile(config: DictConfig) -> Problems:
+    """A switch that may also be left to the device."""
+    value = config["training"]["compile"]
+    if type(value) is not bool and value != "auto":
+        yield "training.compile", "allowed are true, false and auto"
+
+
+def _fractions(config: DictConfig) -> Problems:
+    """A float number of batches is a fraction of the data set, as in Lightning."""
+    for key in ("limit_train_batches", "limit_val_batches", "val_check_interval"):
+        value = config["trainer"][key]
+        if type(value) is float and value > 1.0:
+            yield f"trainer.{key}", "allowed are an integer (batches) and a float <= 1 (a fraction)"
+
+
+def _weights_that_may_differ(config: DictConfig) -> Problems:
+    """Weights are named, or a pattern of theirs is."""
+    names = config["eval"]["allow_missing"]
+    if not isinstance(names, ListConfig) or not all(isinstance(name, str) for name in names):
+        yield (
+            "eval.allow_missing",
+            "allowed is a list of names of weights, such as [backbone.output_layer.*]",
+        )
+
+
+RULES: tuple[Rule, ...] = (
+    _choices,
+    _following_modes,
+    _devices,
+    _numbers,
+    _flags,
+    _compile,
+    _fractions,
+    _weights_that_may_differ,
+)
