@@ -8,11 +8,9 @@ import bisect
 import contextlib
 import copy
 import gc
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import hydra
 import lightning as L
 import torch
 from omegaconf import DictConfig
@@ -24,7 +22,8 @@ from diffusion import Diffusion
 from forward_process import NLL
 from models.ema import ExponentialMovingAverage
 from resolvers import world_size
-from utils import get_logger, lightning_precision
+from training.trainer import bare_trainer
+from utils import get_logger
 
 logger = get_logger(__name__)
 
@@ -192,25 +191,19 @@ def find_batch_size(config: DictConfig, tokenizer: PreTrainedTokenizerBase) -> N
     Raises:
         ValueError: not even one row fits.
     """
-    world = world_size(config.trainer)
-    sizes = divisors(config.loader.global_batch_size // world)
+    sizes = divisors(config.loader.global_batch_size // world_size(config.trainer))
     trial = copy.deepcopy(config)
     trial.loader.batch_size = 1
     trial.training.compile = False  # takes less memory, but compiling each size takes long
     search = BatchSizeSearch(sizes, ema=config.training.ema)
-    trainer = hydra.utils.instantiate(
-        trial.trainer,
+    trainer = bare_trainer(
+        trial,
         max_steps=0,  # the search is over before the first
         accumulate_grad_batches=1,
         callbacks=[search],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=os.getcwd(),
-        precision=lightning_precision(config.trainer.precision),
-        strategy=hydra.utils.instantiate(config.strategy) if world > 1 else "auto",
-        use_distributed_sampler=False,
     )
     trainer.fit(Diffusion(trial, tokenizer), DataLoader([0]))
     if search.batch_size is None:

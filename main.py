@@ -6,7 +6,6 @@ from pathlib import Path
 
 import hydra
 import lightning as L
-from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from batch_size import find_batch_size
@@ -16,25 +15,13 @@ from diffusion import Diffusion, new_model
 from evaluation import ppl_eval
 from generation import sample_eval, sampling_options
 from report import draw_training_curve
-from resolvers import register_resolvers, world_size
-from training.callbacks import EMACallback, LastCheckpoint, ProgressBar
-from training.checkpoint_io import AtomicCheckpointIO
+from resolvers import register_resolvers
 from training.checkpointing import load_weights, read_weights
-from training.loggers import build_loggers
-from training.manifest import RunManifest
-from training.nan_guard import NanGuard
 from training.parallel import leave_process_group
-from training.resume import ResumeState, newest_whole_checkpoint
-from training.signals import Interrupted, StopOnSignal, StopSignals
-from training.throughput import Throughput
-from utils import (
-    absolute_path,
-    file_exists,
-    get_logger,
-    keep_freed_memory,
-    lightning_precision,
-    quiet_known_noise,
-)
+from training.resume import newest_whole_checkpoint
+from training.signals import Interrupted, StopSignals
+from training.trainer import build_trainer
+from utils import absolute_path, file_exists, get_logger, keep_freed_memory, quiet_known_noise
 
 logger = get_logger(__name__)
 register_resolvers()
@@ -70,45 +57,6 @@ def make_paths_absolute(config: DictConfig, *, launch_dir: str) -> None:
         path = absolute_path(value, base=launch_dir)
         if key in PATH_KEYS or file_exists(path):
             OmegaConf.update(config, key, path)
-
-
-def build_trainer(config: DictConfig, *, signals: StopSignals | None = None) -> L.Trainer:
-    """The Lightning trainer of `trainer`, `strategy` and `callbacks`.
-
-    Args:
-        config: the composed configuration.
-        signals: what ends a training; None: the trainer is only to evaluate.
-    """
-    is_training = signals is not None
-    callbacks: list[L.Callback] = [ProgressBar()]
-    loggers: list[Logger] = []
-    if is_training:
-        callbacks += [hydra.utils.instantiate(c) for c in config.callbacks.values()]
-        if config.training.ema > 0:
-            callbacks.append(EMACallback(config.training.ema))
-        last = LastCheckpoint()
-        save_dir = config.checkpointing.save_dir
-        manifest = RunManifest(f"{save_dir}/manifest.json", config)
-        callbacks += [NanGuard(save_dir), Throughput(), manifest]
-        # The last one: a validation that was due is made up for when all others have begun.
-        rows_per_batch = config.loader.batch_size * world_size(config.trainer)
-        callbacks += [ResumeState(rows_per_batch), last, StopOnSignal(signals, last)]
-        loggers = build_loggers(config)
-    is_parallel = world_size(config.trainer) > 1
-    # An integer interval counts batches across epochs, a float is a fraction of each epoch.
-    every_epoch = None if isinstance(config.trainer.val_check_interval, int) else 1
-    return hydra.utils.instantiate(
-        config.trainer,
-        check_val_every_n_epoch=config.trainer.check_val_every_n_epoch or every_epoch,
-        default_root_dir=os.getcwd(),
-        callbacks=callbacks,
-        logger=loggers,
-        enable_model_summary=False,
-        precision=lightning_precision(config.trainer.precision),
-        strategy=hydra.utils.instantiate(config.strategy) if is_parallel else "auto",
-        plugins=[AtomicCheckpointIO()],
-        use_distributed_sampler=False,  # the data loaders know their rank
-    )
 
 
 def checkpoint_to_resume(config: DictConfig) -> str | None:

@@ -27,7 +27,6 @@ FORBIDDEN = re.compile(
 # Hydra calls what `_target_` names. Only the sections of the user's own configuration get there.
 INSTANTIATED = {
     "config.trainer",
-    "trial.trainer",  # the copy that loader.batch_size=auto tries sizes with
     "config.strategy",
     "config.lr_scheduler",
     "self.config.lr_scheduler",
