@@ -4,13 +4,11 @@ Rows are prepared once and kept in a cache (`corpora.row_cache`), or made while 
 `data.streaming=true`. A batch is {input_ids (B, N) int64, attention_mask (B, N) int64}.
 """
 
-import dataclasses
 import logging
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import hydra.utils
 import rich.console
 import rich.progress
 import torch
@@ -19,13 +17,14 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
 
 from corpora import row_cache, sources, tokenization
-from corpora.local_files import DOCUMENT_MODES
 from corpora.packing import DOCUMENTS_PER_BATCH, RowMaker, Rows, map_in_order
 from corpora.registry import DatasetSpec, get_spec
 from corpora.row_datasets import PackedRows, StreamedRows, share
 from corpora.row_order import RowLoader, RowOrder, SnapshotLoader
 from corpora.sources import Request
+from data_requests import check_different_files, request_of
 from training.signals import ignore_stop_signals
+from utils import absolute_path
 
 logger = logging.getLogger(__name__)
 
@@ -42,16 +41,16 @@ def get_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase:
     name = config.data.tokenizer_name_or_path
     vocab_size = tokenization.bpe_size(name)
     if vocab_size is None:
-        folder = _absolute(name)
+        folder = absolute_path(name)
         return tokenization.load_tokenizer(folder if os.path.isdir(folder) else name)
-    spec, request = _request(config, "train")
+    spec, request = request_of(config, "train")
     key = {
         "tokenizer": name,
         "characters": _BPE_CHARACTERS,
         "dataset": config.data.train,
         "documents": sources.describe(request),
     }
-    cache_dir = os.path.join(_absolute(config.data.cache_dir), "tokenizers")
+    cache_dir = os.path.join(absolute_path(config.data.cache_dir), "tokenizers")
     folder = row_cache.entry_path(cache_dir, f"{name}-{config.data.train}", key)
     if not folder.exists():
         with row_cache.locked(folder):
@@ -96,7 +95,7 @@ def get_dataloaders(
         OSError: the cache cannot be written.
     """
     if not (skip_train or skip_valid):
-        _check_different_files(config)
+        check_different_files(config)
     place = {"rank": rank, "world_size": world_size}
     train = None if skip_train else _train_loader(config, tokenizer, **place)
     valid = None if skip_valid else _valid_loader(config, tokenizer, **place)
@@ -108,7 +107,7 @@ def _train_loader(
 ) -> StatefulDataLoader:
     """Returns the training loader; see `get_dataloaders`."""
     batch_size = config.loader.batch_size
-    spec, request = _request(config, "train")
+    spec, request = request_of(config, "train")
     if config.data.streaming:
         documents = spec.load(request)
         rows = StreamedRows(
@@ -182,7 +181,7 @@ def _rows(
     config: DictConfig, tokenizer: PreTrainedTokenizerBase, role: str
 ) -> row_cache.CachedRows:
     """Opens the packed rows of a role, and prepares them where the cache has none."""
-    spec, request = _request(config, role)
+    spec, request = request_of(config, role)
     row_maker = _row_maker(config, tokenizer, role)
     name = config.data[role]
     key = {
@@ -205,7 +204,7 @@ def _rows(
             console=rich.console.Console(stderr=True),
         )
 
-    cache_dir = os.path.join(_absolute(config.data.cache_dir), "rows")
+    cache_dir = os.path.join(absolute_path(config.data.cache_dir), "rows")
     return row_cache.get_or_build(cache_dir, f"{name} {request.split}", key, build)
 
 
@@ -240,85 +239,3 @@ def _flag(config: DictConfig, key: str, *, default: bool) -> bool:
     # keeps the callers' frames, and so the loader, in a reference cycle; and a loader that is left
     # to the garbage collector waits 5 s for each worker.
     return config.data[key] if key in config.data.keys() else default
-
-
-def _request(config: DictConfig, role: str) -> tuple[DatasetSpec, Request]:
-    """Returns the entry of a role's data set and what to read of it."""
-    data = config.data
-    spec = get_spec(data[role], key=f"data.{role}")
-    _check_place(config, role, spec)
-    own_path = data[f"{role}_path"]
-    path = own_path or data.path
-    hub = spec.hub
-    if hub is not None and data.revision is not None:
-        hub = dataclasses.replace(hub, revision=data.revision)
-    return spec, Request(
-        split=spec.split(role),
-        text_column=data.text_column or spec.text_column,
-        document=spec.txt_document or data.document,
-        hub=hub,
-        url=spec.url,
-        path=None if path is None else _absolute(path),
-        path_key="data.path" if own_path is None else f"data.{role}_path",
-        is_path_of_split=own_path is not None,
-        is_own_text=spec.txt_document is None,
-        cache_dir=os.path.join(_absolute(data.cache_dir), "hub"),
-        streaming=data.streaming and role == "train",
-    )
-
-
-def _check_place(config: DictConfig, role: str, spec: DatasetSpec) -> None:
-    """Rejects keys that do not say clearly where the documents of a role are."""
-    data = config.data
-    path = data[f"{role}_path"] or data.path
-    other_role = "valid" if role == "train" else "train"
-    other = get_spec(data[other_role], key=f"data.{other_role}")
-    is_shared = (spec.load, spec.hub) == (other.load, other.hub)
-    unclear = {"path": path == data.path, "revision": spec.hub is not None}
-    for key, is_used in unclear.items():
-        if data[key] is not None and is_used and not is_shared:
-            raise ValueError(
-                f"data.{key}={data[key]!r} does not say which set it belongs to, since data.train="
-                f"{data.train!r} and data.valid={data.valid!r} differ; allowed: null, with "
-                "data.train_path and data.valid_path for local copies"
-            )
-    takes_path = spec.hub or spec.url or spec.txt_document is None
-    if path is not None and not takes_path:
-        raise ValueError(
-            f"data.path={path!r}: the text of data.{role}={data[role]} comes with Python; allowed: "
-            "null, or data=local for text of your own"
-        )
-    if path is None and spec.txt_document is None:
-        raise ValueError(
-            f"data.{role}_path=null: data={data[role]} needs the path of your text; allowed: a "
-            "file, a directory or a glob of .txt, .jsonl or .parquet, local or any fsspec URL"
-        )
-    if data.document not in DOCUMENT_MODES:
-        raise ValueError(
-            f"data.document={data.document!r} is unknown; allowed: {', '.join(DOCUMENT_MODES)}"
-        )
-
-
-def _check_different_files(config: DictConfig) -> None:
-    """Rejects one local file that would silently serve as both training and validation set."""
-    spec, train = _request(config, "train")
-    _, valid = _request(config, "valid")
-    if (train.path_key, valid.path_key) != ("data.path", "data.path") or train.path is None:
-        return
-    # Without documents (text8), and with a slice (OpenWebText), one file is cut in two.
-    is_cut = not spec.has_documents or "[" in train.split + valid.split
-    if train.split == valid.split or is_cut:
-        return
-    if sources.describe(train)["files"] == sources.describe(valid)["files"]:
-        raise ValueError(
-            f"data.path={config.data.path!r} would be the training and the validation set at "
-            "once; allowed: a directory with files named train... and valid..., or one path each "
-            "in data.train_path and data.valid_path"
-        )
-
-
-def _absolute(path: str) -> str:
-    """Resolves a path against the directory the command was typed in; URLs stay as they are."""
-    if "://" in path:
-        return path
-    return os.path.normpath(hydra.utils.to_absolute_path(os.path.expanduser(path)))

@@ -1,7 +1,6 @@
 """Likelihood of a trained model on a validation set (`mode=ppl_eval`)."""
 
 import json
-import os
 from typing import Any
 
 import lightning as L
@@ -38,7 +37,7 @@ def ppl_eval(config: DictConfig, trainer: L.Trainer) -> str:
     results["data"] = config.data.valid
     results["checkpoint"] = config.eval.checkpoint_path
     results["config_hash"] = config_hash(config)
-    path = absolute_path(config.eval.results_path or "ppl_eval.json", base=os.getcwd())
+    path = absolute_path(config.eval.results_path or "ppl_eval.json")
     if trainer.is_global_zero:
         write_text(path, json.dumps(results, indent=2) + "\n")
         print_table(f"Likelihood of {config.data.valid}", results)

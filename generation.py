@@ -152,7 +152,7 @@ def sample_eval(config: DictConfig) -> str | None:
     options = suit_vocabulary(options, vocab_size=model.backbone.config.vocab_size)
     rows = canvas_rows(config, tokenizer, mask_index=model.mask_index)
     scorer = load_scorer(config, device)
-    logdir = absolute_path(config.sampling.logdir, base=os.getcwd())
+    logdir = absolute_path(config.sampling.logdir)
     records: list[SampleRecord] = []
     path = None
     began = time.monotonic()

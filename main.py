@@ -70,7 +70,7 @@ def checkpoint_to_resume(config: DictConfig) -> str | None:
     path, save_dir = config.checkpointing.resume_ckpt_path, config.checkpointing.save_dir
     if not config.checkpointing.resume_from_ckpt or path is None:
         return None
-    directory = absolute_path(f"{save_dir}/checkpoints", base=os.getcwd())
+    directory = absolute_path(f"{save_dir}/checkpoints")
     if path == f"{directory}/last.ckpt":
         return newest_whole_checkpoint(directory)
     if not file_exists(path):

@@ -6,7 +6,6 @@ import logging
 import math
 import os
 import warnings
-from pathlib import Path
 
 import fsspec
 import torch
@@ -62,13 +61,18 @@ def file_exists(path: str) -> bool:
     return fs.exists(name)
 
 
-def absolute_path(path: str, *, base: str) -> str:
-    """`path` as seen from `base`; URLs (s3://...) and absolute paths stay as they are."""
+def absolute_path(path: str, *, base: str = "") -> str:
+    """`path` as seen from `base`; URLs (s3://...) stay as they are.
+
+    Args:
+        path: relative, absolute or in the home directory (`~`).
+        base: an absolute directory, or "" for the working directory.
+    """
     for prefix in ("file://", "local://"):  # Lightning takes them for relative paths
         path = path.removeprefix(prefix)
     if "://" in path:
         return path
-    return str((Path(base) / Path(path).expanduser()).absolute())
+    return os.path.abspath(os.path.join(base, os.path.expanduser(path)))
 
 
 def write_text(path: str, text: str) -> None:

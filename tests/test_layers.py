@@ -17,6 +17,7 @@ LEVELS = {
     "sampling": 3,
     "clipped_schedule": 3,
     "configuration": 3,
+    "data_requests": 2,
     "training": 2,
     "objectives": 2,
     "forward_process": 2,

@@ -75,8 +75,11 @@ def test_seeds_are_distinct_and_repeat():
     assert derive_seed(1, 2, 3) == derive_seed(1, 2, 3) != derive_seed(3, 2, 1)
 
 
-def test_absolute_path(tmp_path):
-    assert absolute_path("a/b", base="/x") == "/x/a/b"
+def test_absolute_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert absolute_path("a/b", base="/x") == absolute_path("../a/b/", base="/x/y") == "/x/a/b"
+    assert absolute_path("a") == f"{tmp_path}/a" and absolute_path("~/a") == "/home/someone/a"
     assert absolute_path("/a", base="/x") == "/a"
     assert absolute_path("gs://a/b", base="/x") == "gs://a/b"
     assert absolute_path("file:///a", base="/x") == absolute_path("local:///a", base="/x") == "/a"

@@ -64,6 +64,20 @@ def test_name_covers_everything_that_shapes_the_rows(
         build(local_config(override))
 
 
+def test_one_file_has_one_entry_however_its_path_is_written(
+    local_config, tmp_path: Path, monkeypatch
+):
+    """Used from Python, without `main`, paths are those of the working directory."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    build(local_config())
+    for path in ("../valid.txt", "'~/valid.txt'"):
+        config = local_config(f"data.valid_path={path}", "data.cache_dir=../cache")
+        get_dataloaders(config, get_tokenizer(config), skip_train=True)
+    assert len(entries(tmp_path / "cache/rows")) == 1
+
+
 def test_changed_file_gets_rows_of_its_own(local_config, tmp_path: Path):
     build(local_config())
     with open(tmp_path / "valid.txt", "a") as file:
