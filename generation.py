@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dataloader import get_tokenizer
 from diffusion import Diffusion, load_model
-from metrics import GenerativePerplexity, SampleScore, ScorerUnavailableError, token_entropy
+from generative_perplexity import GenerativePerplexity, SampleScore, ScorerUnavailableError
+from metrics import token_entropy
 from models.inference import cast_matrices
 from report import print_table
 from sample_log import SampleRecord, append_samples
@@ -55,26 +56,11 @@ def sampling_options(config: DictConfig, *, decode: Decode | None = None) -> Sam
             f"sampling.infill_particles={sampling.infill_particles}: allowed without "
             "sampling.infill and with algo.sampler=analytic is null"
         )
-    stop_strings = sampling.stop_strings
-    if OmegaConf.is_list(stop_strings):
-        stop_strings = tuple(stop_strings)
-    return SamplingOptions(
-        first_hitting=sampling.first_hitting,
-        num_steps=config.algo.T,
-        kv_cache=sampling.kv_cache,
-        nucleus_p=sampling.nucleus_p,
-        nucleus_rule=sampling.nucleus_rule,
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        tokens_per_step=sampling.tokens_per_step,
-        confidence_threshold=sampling.confidence_threshold,
-        var_length=sampling.var_length,
-        stop_on_eos=sampling.stop_on_eos,
-        stop_strings=stop_strings,
-        decode=decode,
-        min_entropy=sampling.min_entropy,
-        infill_particles=sampling.infill_particles,
-    )
+    names = {field.name for field in dataclasses.fields(SamplingOptions)} - {"num_steps", "decode"}
+    options = {name: sampling[name] for name in names}
+    if OmegaConf.is_list(sampling.stop_strings):
+        options["stop_strings"] = tuple(sampling.stop_strings)
+    return SamplingOptions(**options, num_steps=config.algo.T, decode=decode)
 
 
 def suit_vocabulary(options: SamplingOptions, *, vocab_size: int) -> SamplingOptions:

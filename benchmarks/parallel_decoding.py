@@ -35,7 +35,7 @@ from generation import (
     suit_vocabulary,
     to_records,
 )
-from metrics import GenerativePerplexity
+from generative_perplexity import GenerativePerplexity
 from sampling.options import SamplingOptions
 from utils import keep_freed_memory, resolve_device
 

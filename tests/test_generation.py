@@ -11,7 +11,7 @@ import generation
 from corpora.tokenization import load_tokenizer
 from diffusion import Diffusion
 from generation import canvas_rows, sample_eval, sampling_options, suit_vocabulary, summary
-from metrics import ScorerUnavailableError
+from generative_perplexity import ScorerUnavailableError
 from sample_log import SampleRecord, read_samples
 from sampling.options import SamplingOptions
 from tests.small_run import overrides

@@ -7,15 +7,15 @@ import pytest
 import torch
 import transformers
 
-import metrics
+import generative_perplexity
 from corpora.tokenization import byte_tokenizer
-from metrics import (
+from generative_perplexity import (
     GenerativePerplexity,
     SampleScore,
     ScorerUnavailableError,
     sliding_windows,
-    token_entropy,
 )
+from metrics import token_entropy
 
 CONTEXT = 16
 TEXTS = ["a text of several windows, and then some", "short", "", "x", "aaaaaaaa", "the last one"]
@@ -205,7 +205,7 @@ def test_precision_is_the_scorers_own(gpt2):
 
 
 def test_an_impossible_text_has_infinite_perplexity():
-    assert metrics.sample_score(2000.0, 2, torch.tensor([1, 2])).gen_ppl == math.inf
+    assert generative_perplexity.sample_score(2000.0, 2, torch.tensor([1, 2])).gen_ppl == math.inf
 
 
 @pytest.mark.parametrize("sizes", [{"max_length": 0}, {"batch_size": 0}])

@@ -18,6 +18,7 @@ LEVELS = {
     "clipped_schedule": 3,
     "configuration": 3,
     "data_requests": 2,
+    "generative_perplexity": 2,
     "training": 2,
     "objectives": 2,
     "forward_process": 2,
