@@ -31,10 +31,11 @@ from sampling.options import SamplingOptions, make_sampler
 from sampling.rows import draw_rows
 from seeds import TRAIN_STREAM, VALIDATION_STREAM, derive_seed
 from training.acceleration import checkpoint_layers, compile_layers, is_compiled
-from training.checkpointing import Weights, load_weights, read_weights
 from training.compatibility import check_same_model, check_sizes, print_what_changes
 from training.description import from_run_config
+from training.loading import load_weights
 from training.optimizer import fused_adamw
+from training.weights import Weights, read_weights
 
 # Candidate ranges of the search that share a forward pass: enough rows to keep a GPU busy, and
 # without gradients still less memory than a training step.

@@ -16,11 +16,12 @@ from evaluation import ppl_eval
 from generation import sample_eval, sampling_options
 from report import draw_training_curve
 from resolvers import register_resolvers
-from training.checkpointing import load_weights, read_weights
+from training.loading import load_weights
 from training.parallel import leave_process_group
 from training.resume import newest_whole_checkpoint
 from training.signals import Interrupted, StopSignals
 from training.trainer import build_trainer
+from training.weights import read_weights
 from utils import absolute_path, file_exists, get_logger, keep_freed_memory, quiet_known_noise
 
 logger = get_logger(__name__)

@@ -16,7 +16,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import fsspec
 import huggingface_hub
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -29,9 +28,9 @@ from dataloader import get_tokenizer
 from models.hf import BD3LM, BD3LMConfig
 from models.hf.model_card import model_card, read_results
 from models.hf.modeling_bd3lm import AUTO_MAP
-from training.checkpointing import Weights, load_weights, read_checkpoint, read_weights
-from training.description import completed, plain_config
-from training.hub_directory import read_json
+from training.description import completed
+from training.loading import load_weights
+from training.weights import Weights, read_weights
 
 # What a network cannot be built without.
 NEEDED = ("algo", "vocab_size", "model_length", "hidden_dim", "n_blocks", "n_heads")
@@ -116,9 +115,9 @@ def write_directory(directory: Path, args: argparse.Namespace) -> None:
     """
     results = [read_results(path) for path in args.results]
     weights = read_weights(args.checkpoint)
-    run = run_config(args.checkpoint)
+    run = OmegaConf.create(weights.run_config)
     tokenizer = find_tokenizer(args, run)
-    config = model_config(weights, tokenizer, noise=noise_of(args.checkpoint, run))
+    config = model_config(weights, tokenizer)
     model = BD3LM(config)
     print(load_weights(model, weights, use_ema=not args.raw))
     origin = None
@@ -137,24 +136,6 @@ def write_directory(directory: Path, args: argparse.Namespace) -> None:
         license_name=args.license,
     )
     (directory / "README.md").write_text(card, encoding="utf-8")
-
-
-def run_config(checkpoint: str) -> DictConfig:
-    """The configuration in a Lightning checkpoint; empty where there is none."""
-    fs, name = fsspec.core.url_to_fs(checkpoint)
-    if not fs.isfile(name) or name.endswith(".safetensors"):
-        return OmegaConf.create()
-    parameters = read_checkpoint(checkpoint).get("hyper_parameters")
-    config = plain_config(parameters.get("config")) if isinstance(parameters, dict) else None
-    return OmegaConf.create(config if isinstance(config, dict) else {})
-
-
-def noise_of(checkpoint: str, run: DictConfig) -> str:
-    """The name of the schedule; files that do not say are of models with the default one."""
-    said = OmegaConf.select(run, "noise.type")
-    if said is None and os.path.isdir(checkpoint):
-        said = read_json(f"{checkpoint}/config.json").get("noise")
-    return said or "loglinear"
 
 
 def find_tokenizer(args: argparse.Namespace, run: DictConfig) -> PreTrainedTokenizerBase:
@@ -183,10 +164,8 @@ def find_tokenizer(args: argparse.Namespace, run: DictConfig) -> PreTrainedToken
     )
 
 
-def model_config(
-    weights: Weights, tokenizer: PreTrainedTokenizerBase, *, noise: str
-) -> BD3LMConfig:
-    """What config.json will say.
+def model_config(weights: Weights, tokenizer: PreTrainedTokenizerBase) -> BD3LMConfig:
+    """What config.json will say. Files that name no schedule are of models with the default one.
 
     Raises:
         ValueError: names what the checkpoint does not say, or a vocabulary that does not fit.
@@ -221,7 +200,7 @@ def model_config(
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
     }
-    return BD3LMConfig(**(defaults | fields | ids), noise=noise)
+    return BD3LMConfig(**(defaults | fields | ids), noise=weights.noise or "loglinear")
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from generative_perplexity import ScorerUnavailableError
 from sample_log import SampleRecord, read_samples
 from sampling.options import SamplingOptions
 from tests.small_run import overrides
-from training.checkpointing import Weights
+from training.weights import Weights
 
 NO_SCORER = "eval.gen_ppl_eval_model_name_or_path=null"
 

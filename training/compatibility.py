@@ -7,8 +7,8 @@ The messages name the keys to type. Both sides are descriptions, see
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from training.checkpointing import Weights
 from training.description import CONFIG_KEYS
+from training.weights import Weights
 from utils import get_logger
 
 logger = get_logger(__name__)

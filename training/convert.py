@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from models.dit import DIT, DITConfig
 from models.rotary import Rotary
-from training.checkpointing import LoadReport, Weights, matching_weights, read_weights
 from training.description import KEYS, PARAMETERIZATIONS, completed, to_run_config
 from training.hub_directory import replacing, write_hub_directory, write_safetensors
+from training.loading import LoadReport, matching_weights
+from training.weights import Weights, read_weights
 
 FORMATS = ("lightning", "hub", "safetensors")
 FREQUENCIES = "backbone.rotary_emb.inv_freq"

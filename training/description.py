@@ -52,7 +52,7 @@ def from_run_config(config: Mapping[str, Any], *, vocab_size: int | None) -> dic
             or a strange one counts as not said.
         vocab_size: V, which the configuration does not hold.
     """
-    found = {name: _lookup(config, key) for name, key in CONFIG_KEYS.items()}
+    found = {name: lookup(config, key) for name, key in CONFIG_KEYS.items()}
     found["vocab_size"], found["model_type"] = vocab_size, "bd3lm"
     if found["algo"] not in (None, *PARAMETERIZATIONS):
         found["algo"] = None
@@ -170,13 +170,14 @@ def merged(
     return {key: shown[key] if shown[key] is not None else said[key] for key in KEYS}
 
 
-def plain_config(value: Any) -> Any:
-    """A configuration without classes: nested dictionaries, lists and scalars.
+def plain_config(value: Any) -> dict[str, Any]:
+    """A configuration without classes: nested dictionaries, lists and scalars; empty if it is none.
 
     OmegaConf's containers, which the original pickles, are taken apart; interpolations stay
     strings, and anything else becomes None.
     """
-    return _plain(value, depth=0, budget=[_MAX_NODES])
+    config = _plain(value, depth=0, budget=[_MAX_NODES])
+    return config if isinstance(config, dict) else {}
 
 
 def _plain(value: Any, *, depth: int, budget: list[int]) -> Any:
@@ -198,14 +199,15 @@ def _plain(value: Any, *, depth: int, budget: list[int]) -> Any:
     return value if isinstance(value, str | int | float | bool) else None
 
 
-def _lookup(config: Mapping[str, Any], key: str, *, followed: int = 0) -> Any:
+def lookup(config: Mapping[str, Any], key: str, *, followed: int = 0) -> Any:
+    """The value at a dotted key; None where there is none. References to one other are followed."""
     node: Any = config
     for part in key.split("."):
         node = node.get(part) if isinstance(node, Mapping) else None
     reference = _REFERENCE.fullmatch(node) if isinstance(node, str) else None
     if reference is None or followed == _MAX_DEPTH:
         return node
-    return _lookup(config, reference[1], followed=followed + 1)
+    return lookup(config, reference[1], followed=followed + 1)
 
 
 def _is_possible(key: str, value: Any) -> bool:

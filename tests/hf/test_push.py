@@ -26,8 +26,9 @@ from tests.hf.twins import twins
 from tests.parity.rows import load_golden
 from tests.references import generator
 from tests.small_run import ALGOS
-from training.checkpointing import load_weights, read_weights
 from training.convert import convert
+from training.loading import load_weights
+from training.weights import read_weights
 
 RESULTS = {
     "val/nll": 3.25, "val/ppl": 25.79, "val/bpd": 4.689, "num_tokens": 123456, "num_rows": 121,

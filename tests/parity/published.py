@@ -18,7 +18,8 @@ from models.dit import DIT, DITConfig
 from models.masks import AttentionPattern
 from objectives import masked_mean
 from tests.parity.rows import Golden, Row, absolute, load_golden, relative
-from training.checkpointing import load_weights, read_weights
+from training.loading import load_weights
+from training.weights import read_weights
 
 LOGITS, LOSSES = 2e-5, 1e-5  # the tolerances of the golden files' README
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

@@ -9,7 +9,8 @@ from torch import nn
 from corpora.tokenization import load_tokenizer
 from diffusion import Diffusion
 from tests.small_run import ALGOS, overrides
-from training.checkpointing import Weights, load_weights, read_checkpoint, read_weights
+from training.loading import load_weights
+from training.weights import Weights, read_checkpoint, read_weights
 
 
 class Small(nn.Module):

@@ -13,9 +13,9 @@ from models.ema import ExponentialMovingAverage
 from tests.small_module import module
 from tests.small_run import ALGOS, overrides
 from training import hub_directory
-from training.checkpointing import read_checkpoint, read_weights
 from training.convert import main
 from training.hub_directory import write_hub_directory
+from training.weights import read_checkpoint, read_weights
 
 SMALL = ["data.tokenizer_name_or_path=text8", "model.length=16"]
 

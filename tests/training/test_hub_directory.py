@@ -13,8 +13,9 @@ from torch import nn
 from models.dit import DIT, DITConfig
 from models.masks import AttentionPattern
 from tests.parity.published import hub_network
-from training.checkpointing import load_weights, read_weights
 from training.hub_directory import INDEX, looks_like_hub_id
+from training.loading import load_weights
+from training.weights import read_weights
 
 CONFIG = {
     "model_type": "bd3lm", "block_size": 4, "model_length": 16, "vocab_size": 11, "hidden_dim": 8,

@@ -17,7 +17,7 @@ from corpora.tokenization import load_tokenizer
 from diffusion import Diffusion, load_model, new_model
 from tests.small_module import module
 from tests.small_run import overrides
-from training.checkpointing import read_weights
+from training.weights import read_weights
 
 SMALL = ["data.tokenizer_name_or_path=text8", "model.length=16", "algo.backbone=hf_dit"]
 # algo and keys of the published models, with rows of 16 tokens for 1024

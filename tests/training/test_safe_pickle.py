@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from training.checkpointing import read_checkpoint, read_weights
 from training.description import plain_config
 from training.safe_pickle import Placeholder
 from training.torch_file import MAX_PICKLE_BYTES, read_torch_file
+from training.weights import read_checkpoint, read_weights
 
 
 def write_archive(path: Path, data: bytes, *, members: dict[str, bytes] | None = None, **how):
