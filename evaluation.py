@@ -7,7 +7,7 @@ import lightning as L
 from omegaconf import DictConfig
 
 from dataloader import get_dataloaders, get_tokenizer
-from diffusion import load_model
+from pretrained import load_model
 from report import print_table
 from training.manifest import config_hash
 from utils import absolute_path, write_text

@@ -14,10 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dataloader import get_tokenizer
-from diffusion import Diffusion, load_model
+from diffusion import Diffusion
 from generative_perplexity import GenerativePerplexity, SampleScore, ScorerUnavailableError
 from metrics import token_entropy
 from models.inference import cast_matrices
+from pretrained import load_model
 from report import print_table
 from sample_log import SampleRecord, append_samples
 from sampling.base import SamplerOutput

@@ -11,9 +11,10 @@ from omegaconf import DictConfig, OmegaConf
 from batch_size import find_batch_size
 from configuration import ignored_key_warnings, validate
 from dataloader import get_dataloaders, get_tokenizer
-from diffusion import Diffusion, new_model
+from diffusion import Diffusion
 from evaluation import ppl_eval
 from generation import sample_eval, sampling_options
+from pretrained import new_model
 from report import draw_training_curve
 from resolvers import register_resolvers
 from training.loading import load_weights

@@ -25,7 +25,7 @@ from benchmarks.machine import description
 from benchmarks.steps import compose
 from configuration import validate
 from dataloader import get_tokenizer
-from diffusion import Diffusion, load_model
+from diffusion import Diffusion
 from generation import (
     canvas_rows,
     draw_batches,
@@ -36,6 +36,7 @@ from generation import (
     to_records,
 )
 from generative_perplexity import GenerativePerplexity
+from pretrained import load_model
 from sampling.options import SamplingOptions
 from utils import keep_freed_memory, resolve_device
 

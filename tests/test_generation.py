@@ -6,8 +6,8 @@ import shutil
 import pytest
 import torch
 
-import diffusion
 import generation
+import pretrained
 from corpora.tokenization import load_tokenizer
 from diffusion import Diffusion
 from generation import canvas_rows, sample_eval, sampling_options, suit_vocabulary, summary
@@ -37,7 +37,7 @@ def small_run(compose, tmp_path, monkeypatch):
                     value.normal_()
             return Weights("random", state)
 
-        monkeypatch.setattr(diffusion, "read_weights", weights)
+        monkeypatch.setattr(pretrained, "read_weights", weights)
         monkeypatch.setattr(generation, "process_rank", lambda: (rank, world_size))
         sample_eval(config)
         log = tmp_path / "log" / "samples.jsonl"
@@ -156,11 +156,11 @@ def test_another_block_size_is_an_error(compose, tmp_path, monkeypatch):
     config = compose(overrides(tmp_path, *size))
     tokenizer = load_tokenizer("bytes")
     weights = Weights("a.ckpt", Diffusion(config, tokenizer).state_dict(), block_size=8)
-    monkeypatch.setattr(diffusion, "read_weights", lambda _source: weights)
+    monkeypatch.setattr(pretrained, "read_weights", lambda _source: weights)
     with pytest.raises(ValueError, match="block_size=4: allowed with this eval.* is 8"):
-        diffusion.load_model(config, tokenizer)
+        pretrained.load_model(config, tokenizer)
     anyway = compose(overrides(tmp_path, *size, "eval.any_block_size=true"))
-    assert diffusion.load_model(anyway, tokenizer).block_size == 4
+    assert pretrained.load_model(anyway, tokenizer).block_size == 4
 
 
 def test_blank_rows_follow_max_new_tokens(compose, tmp_path):

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 
 LEVELS = {
-    "main": 6,
-    "push_to_hf": 5,
-    "batch_size": 5,
-    "evaluation": 5,
-    "generation": 5,
+    "main": 7,
+    "push_to_hf": 6,
+    "batch_size": 6,
+    "evaluation": 6,
+    "generation": 6,
+    "pretrained": 5,
     "diffusion": 4,
     "models.hf": 4,
     "dataloader": 3,

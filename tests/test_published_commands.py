@@ -7,7 +7,8 @@ import pytest
 import safetensors.torch
 
 from corpora.tokenization import load_tokenizer
-from diffusion import Diffusion, load_model, new_model
+from diffusion import Diffusion
+from pretrained import load_model, new_model
 from tests.test_commands import commands as original_commands
 from tests.test_commands import filled
 from tests.test_readme import commands, first_column

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 import resolvers
 from corpora.tokenization import load_tokenizer
-from diffusion import Diffusion, load_model
+from diffusion import Diffusion
 from forward_process import FULL
 from models.dit import DIT, DITConfig
 from models.masks import AttentionPattern
 from objectives import masked_mean
+from pretrained import load_model
 from tests.parity.rows import Golden, Row, absolute, load_golden, relative
 from training.loading import load_weights
 from training.weights import read_weights

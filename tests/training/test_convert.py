@@ -8,8 +8,8 @@ import torch
 from omegaconf import OmegaConf
 
 from corpora.tokenization import load_tokenizer
-from diffusion import load_model
 from models.ema import ExponentialMovingAverage
+from pretrained import load_model
 from tests.small_module import module
 from tests.small_run import ALGOS, overrides
 from training import hub_directory

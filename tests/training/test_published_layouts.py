@@ -14,7 +14,8 @@ import torch
 from omegaconf import DictConfig
 
 from corpora.tokenization import load_tokenizer
-from diffusion import Diffusion, load_model, new_model
+from diffusion import Diffusion
+from pretrained import load_model, new_model
 from tests.small_module import module
 from tests.small_run import overrides
 from training.weights import read_weights
