@@ -1,6 +1,6 @@
 """The Lightning module: one training step, validation with the range search, the optimizer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import hydra
@@ -17,25 +17,21 @@ from clipped_schedule import (
     logged_name,
 )
 from corpora.tokenization import mask_index_and_vocab_size
-from forward_process import FULL, NLL, ClipInterval, noise_values, q_xt, q_xt_within, sample_t
+from forward_process import FULL, NLL, ClipInterval
 from metrics import NLL as NLLMetric
 from metrics import likelihood_metrics
 from models.dit import DIT, DITConfig
-from models.kv_cache import CleanHalf
 from models.masks import AttentionPattern
 from models.sharding import shard
-from noise_schedule import NoiseValues, get_noise
-from objectives import Denoiser, ar_token_losses, diffusion_token_losses, masked_mean
+from noise_schedule import get_noise
+from objectives import Denoiser, masked_mean
 from sampling.base import SamplerOutput, blank_canvas
 from sampling.options import SamplingOptions, make_sampler
 from sampling.rows import draw_rows
 from seeds import TRAIN_STREAM, VALIDATION_STREAM, derive_seed
+from token_losses import TokenLosses
 from training.acceleration import checkpoint_layers, compile_layers, is_compiled
 from training.optimizer import fused_adamw
-
-# Candidate ranges of the search that share a forward pass: enough rows to keep a GPU busy, and
-# without gradients still less memory than a training step.
-RANGES_AT_ONCE = 4
 
 
 class Diffusion(L.LightningModule):
@@ -49,6 +45,7 @@ class Diffusion(L.LightningModule):
 
     Attributes:
         denoiser: the network with its parameterization; samplers take it.
+        losses: per token, of fresh noise.
         interval: the range t is drawn from in training. Where `algo.var_min` the two buffers
             `sampling_eps_min` and `sampling_eps_max` carry it through checkpoints.
     """
@@ -58,9 +55,6 @@ class Diffusion(L.LightningModule):
         algo, training = config.algo, config.training
         self.config = config  # kept for the checkpoint and the optimizer's section
         self.seed = config.seed
-        self.antithetic = training.antithetic_sampling
-        self.resample = training.resample
-        self.mdlm_loss_scale = algo.mdlm_loss_scale
         self.fix_clipping = algo.fix_clipping
         self.is_ar = algo.parameterization == "ar"
         self.ignore_bos = algo.ignore_bos
@@ -92,6 +86,16 @@ class Diffusion(L.LightningModule):
         self.pattern = AttentionPattern.FULL
         if algo.cross_attn:
             self.pattern = AttentionPattern.BLOCK_DIFFUSION
+        self.losses = TokenLosses(
+            denoiser=self.denoiser,
+            noise=self.noise,
+            pattern=self.pattern,
+            block_size=self.block_size,
+            antithetic=training.antithetic_sampling,
+            resample=training.resample,
+            mdlm_loss_scale=algo.mdlm_loss_scale,
+            ignore_bos=self.ignore_bos,
+        )
         self.interval = ClipInterval(training.sampling_eps_min, training.sampling_eps_max)
         self.clip_search = None
         if algo.var_min:
@@ -124,62 +128,8 @@ class Diffusion(L.LightningModule):
     # --- losses ----------------------------------------------------------------------------------
 
     def token_losses(self, x_0: Tensor, *, interval: ClipInterval) -> Tensor:
-        """Per-token losses with fresh noise, t drawn from the interval (paper eq. 8).
-
-        Args:
-            x_0: clean tokens (B, N).
-            interval: the range of t.
-
-        Returns:
-            (B, N), for ar (B, N - 1): the first token has no prediction.
-        """
-        if self.is_ar:
-            return ar_token_losses(self.denoiser, x_0)
-        x_t, values = self._add_noise(x_0, interval=interval)
-        return self._losses(x_0, x_t, values)
-
-    def _losses(
-        self, x_0: Tensor, x_t: Tensor, values: NoiseValues, *, clean: CleanHalf | None = None
-    ) -> Tensor:
-        return diffusion_token_losses(
-            self.denoiser,
-            x_0,
-            x_t=x_t,
-            values=values,
-            sigma_max=self.noise.sigma_max,
-            pattern=self.pattern,
-            clean=clean,
-        )
-
-    def _add_noise(self, x_0: Tensor, *, interval: ClipInterval) -> tuple[Tensor, NoiseValues]:
-        """x_t (B, N) of fresh t, and the values per token, (B, N) or, where t is one, (B, 1)."""
-        shape = (x_0.shape[0], x_0.shape[1] // self.block_size)
-        t = sample_t(
-            shape,
-            interval=interval,
-            antithetic=self.antithetic,
-            device=x_0.device,
-        )  # (B, K)
-        values = noise_values(
-            self.noise, t, interval=interval, mdlm_loss_scale=self.mdlm_loss_scale
-        )  # each (B, K)
-        x_t = self._sample_x_t(x_0, move_chance=values.move_chance, interval=interval)
-        return x_t, values.repeat_interleave(self.block_size if shape[1] > 1 else 1)
-
-    def _sample_x_t(self, x_0: Tensor, *, move_chance: Tensor, interval: ClipInterval) -> Tensor:
-        """x_t for p per block (B, K)."""
-        shared = {"mask_index": self.mask_index, "ignore_bos": self.ignore_bos}
-        if self.resample and interval != FULL:
-            return q_xt_within(
-                x_0,
-                move_chance=move_chance,
-                interval=interval,
-                block_size=self.block_size,
-                **shared,
-            )
-        u = torch.rand(x_0.shape, device=x_0.device)
-        move_chance = move_chance.repeat_interleave(self.block_size, dim=1)
-        return q_xt(x_0, u=u, move_chance=move_chance, **shared)
+        """Losses with fresh noise of tokens (B, N), (B, N) or for ar (B, N - 1)."""
+        return self.losses(x_0, interval=interval)
 
     def loss_mask(self, attention_mask: Tensor, *, is_training: bool) -> Tensor:
         """Which tokens the mean runs over.
@@ -274,26 +224,7 @@ class Diffusion(L.LightningModule):
         """Losses per token of a batch on the range that is reported and on the candidates."""
         candidates = self.clip_search.intervals if self._searches(batch_idx) else []
         intervals = list(dict.fromkeys((self.validation_interval, *candidates)))
-        if self.pattern is not AttentionPattern.BLOCK_DIFFUSION or not candidates:
-            return {interval: self.token_losses(x_0, interval=interval) for interval in intervals}
-        return self._losses_on_all(x_0, intervals)
-
-    def _losses_on_all(
-        self, x_0: Tensor, intervals: Sequence[ClipInterval]
-    ) -> dict[ClipInterval, Tensor]:
-        """Losses per token (B, N) on each range; x_0, which no noise touches, is seen once."""
-        clean, losses = self.denoiser.clean_half(x_0), {}
-        for i in range(0, len(intervals), RANGES_AT_ONCE):
-            together = intervals[i : i + RANGES_AT_ONCE]
-            noisy = [self._add_noise(x_0, interval=interval) for interval in together]
-            found = self._losses(
-                x_0.repeat(len(together), 1),
-                torch.cat([x_t for x_t, _ in noisy]),
-                NoiseValues.cat([values for _, values in noisy]),
-                clean=clean,
-            )
-            losses |= zip(together, found.chunk(len(together)), strict=True)
-        return losses
+        return self.losses.on_all(x_0, intervals)
 
     def on_validation_batch_end(
         self, outputs: None, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0

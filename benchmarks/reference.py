@@ -163,8 +163,8 @@ class Reference(nn.Module):
         self.time_conditioning = model.denoiser.time_conditioning
         self.is_block_diffusion = model.pattern is AttentionPattern.BLOCK_DIFFUSION
         self.mask_index, self.ignore_bos = model.mask_index, model.ignore_bos
-        self.block_size, self.antithetic = model.block_size, model.antithetic
-        self.noise, self.mdlm_loss_scale = model.noise, model.mdlm_loss_scale
+        self.block_size, self.antithetic = model.block_size, model.losses.antithetic
+        self.noise, self.mdlm_loss_scale = model.noise, model.losses.mdlm_loss_scale
         self._mask: Tensor | None = None
 
     def token_losses(self, x_0: Tensor, *, interval: ClipInterval) -> Tensor:

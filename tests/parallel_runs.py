@@ -27,6 +27,7 @@ import main
 import resolvers
 from tests.conftest import PROJECT
 from tests.small_run import overrides
+from token_losses import TokenLosses
 from training.parallel import leave_process_group
 
 TIMEOUT = 150  # seconds for all runs of a pair
@@ -38,7 +39,7 @@ def noise_of_rows() -> Iterator[None]:
 
     So a row has the same noise in whatever batch and on whatever process it comes.
     """
-    rand, add_noise = torch.rand, diffusion.Diffusion._add_noise
+    rand, add_noise = torch.rand, TokenLosses._add_noise
     rows: list[Tensor] = []
     draws = 0
 
@@ -61,11 +62,11 @@ def noise_of_rows() -> Iterator[None]:
         finally:
             torch.rand = rand
 
-    diffusion.Diffusion._add_noise = with_rows
+    TokenLosses._add_noise = with_rows
     try:
         yield
     finally:
-        diffusion.Diffusion._add_noise = add_noise
+        TokenLosses._add_noise = add_noise
 
 
 @contextmanager

@@ -18,6 +18,7 @@ LEVELS = {
     "sampling": 3,
     "clipped_schedule": 3,
     "configuration": 3,
+    "token_losses": 3,
     "data_requests": 2,
     "generative_perplexity": 2,
     "training": 2,
@@ -41,6 +42,7 @@ NESTED = {"models.hf"}
 FORBIDDEN = {
     "sampling": {"lightning", "hydra", "omegaconf"},
     "objectives": {"lightning", "hydra", "omegaconf"},
+    "token_losses": {"lightning", "hydra", "omegaconf"},
     "models": {"lightning", "hydra", "omegaconf"},
     "models.hf": {"lightning", "hydra", "omegaconf"},
     "configuration": {"lightning", "hydra"},

@@ -8,12 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers import initialization as init
 from transformers.modeling_outputs import MaskedLMOutput
 
-from models.dit import DIT, DITConfig, EmbeddingLayer, LayerNorm
+from models.dit import DIT, DITConfig
 from models.masks import AttentionPattern
-from models.rotary import Rotary
 from noise_schedule import get_noise
 from objectives import Denoiser
 from sampling.base import SamplerOutput
@@ -23,6 +21,7 @@ from sampling.rows import draw_rows
 from .configuration_bd3lm import BD3LMConfig
 from .export import write_sources
 from .generation_inputs import prompt_canvas, sampling_options
+from .initialization import initialise
 from .nelbo import nelbo
 
 SAMPLERS = {"subs": "semi_ar", "sedd": "analytic", "ar": "ar"}
@@ -84,32 +83,8 @@ class BD3LM(PreTrainedModel, GenerationMixin):
             self.register_buffer("sampling_eps_max", torch.tensor(float(config.sampling_eps_max)))
         self.post_init()
 
-    @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """The network's own initialisation, of what a file did not bring.
-
-        It is asked for modules that have tensors themselves, so not for whole blocks.
-        """
-        if any(module is layer for layer in self._zero_layers()):
-            init.zeros_(module.weight)
-            init.zeros_(module.bias)
-        elif isinstance(module, nn.Linear):
-            module.reset_parameters()
-        elif isinstance(module, EmbeddingLayer):
-            init.kaiming_uniform_(module.embedding, a=5**0.5)
-        elif isinstance(module, LayerNorm):
-            init.ones_(module.weight)
-        elif isinstance(module, Rotary):
-            init.copy_(module.inv_freq, module.frequencies())
-        elif module is self and self.config.var_min:
-            init.constant_(self.sampling_eps_min, self.config.sampling_eps_min)
-            init.constant_(self.sampling_eps_max, self.config.sampling_eps_max)
-
-    def _zero_layers(self) -> list[nn.Linear]:
-        """The linear layers that start at zero: a fresh block does nothing, as in `DIT`."""
-        output_layer = self.backbone.output_layer
-        modulated = [*self.backbone.blocks, output_layer] if self.config.adaln else []
-        return [output_layer.linear, *(layer.adaLN_modulation for layer in modulated)]
+        initialise(module, model=self)
 
     @property
     def is_block_diffusion(self) -> bool:
@@ -237,25 +212,16 @@ class BD3LM(PreTrainedModel, GenerationMixin):
         self, input_ids: Tensor, labels: Tensor, *, attention_mask: Tensor | None, seed: int | None
     ) -> Tensor:
         self._check_known("parameterization", "mask_index")
-        if labels.shape != input_ids.shape:
-            raise ValueError(
-                f"labels of shape {tuple(labels.shape)}: allowed is that of input_ids, "
-                f"{tuple(input_ids.shape)}; the loss needs no [x_t ; x_0]"
-            )
-        has_loss = labels != -100
-        x_0 = labels.where(has_loss, input_ids)
-        if attention_mask is not None:
-            has_loss = has_loss & attention_mask.bool()
-        generator = None if seed is None else torch.Generator(x_0.device).manual_seed(seed)
         with self._precision():
             return nelbo(
                 self.denoiser,
-                x_0,
-                has_loss=has_loss,
+                input_ids,
+                labels,
+                attention_mask=attention_mask,
                 noise=self.noise,
                 block_size=self.config.block_size,
                 pattern=self._pattern(),
-                generator=generator,
+                seed=seed,
             )
 
     # --- sampling --------------------------------------------------------------------------------

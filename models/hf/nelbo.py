@@ -3,67 +3,63 @@
 import torch
 from torch import Tensor
 
-from forward_process import FULL, noise_values, q_xt, sample_t
 from models.masks import AttentionPattern
 from noise_schedule import Noise
-from objectives import Denoiser, ar_token_losses, diffusion_token_losses, masked_mean
+from objectives import Denoiser, masked_mean
+from token_losses import TokenLosses
 
 
 def nelbo(
     denoiser: Denoiser,
-    x_0: Tensor,
+    input_ids: Tensor,
+    labels: Tensor,
     *,
-    has_loss: Tensor,
+    attention_mask: Tensor | None,
     noise: Noise,
     block_size: int,
     pattern: AttentionPattern,
-    generator: torch.Generator | None,
+    seed: int | None,
 ) -> Tensor:
     """The NELBO per token in nats over the full range of t (paper eq. 8); of ar the exact NLL.
 
     Args:
         denoiser: the network and its parameterization.
-        x_0: clean tokens (B, N); position 0 stays clean and carries no loss.
-        has_loss: which tokens the mean runs over, (B, N) bool.
+        input_ids: tokens (B, N), read where there is no label.
+        labels: clean tokens (B, N), -100 where one carries no loss. Position 0 never does and stays
+            clean.
+        attention_mask: 0 where a token carries no loss either, (B, N).
         noise: the schedule.
         block_size: L; a shorter row is one block.
         pattern: who sees whom in training.
-        generator: of t and x_t, on the device of x_0; None: torch's own stream.
+        seed: of t and x_t; None: torch's own stream.
 
     Returns:
         A scalar.
 
     Raises:
-        ValueError: if a row is no multiple of L.
+        ValueError: if a row is no multiple of L, or there is not one label for each token.
     """
-    if denoiser.parameterization == "ar":
-        return masked_mean(ar_token_losses(denoiser, x_0), mask=has_loss[:, 1:])
-    length = x_0.shape[1]
+    if labels.shape != input_ids.shape:
+        raise ValueError(
+            f"labels of shape {tuple(labels.shape)}: allowed is that of input_ids, "
+            f"{tuple(input_ids.shape)}; the loss needs no [x_t ; x_0]"
+        )
+    length, is_ar = labels.shape[1], denoiser.parameterization == "ar"
     block_size = min(block_size, length)
-    if length % block_size:
+    if length % block_size and not is_ar:
         raise ValueError(
             f"labels: rows of {length} tokens, allowed are multiples of block_size={block_size}"
         )
-    t = sample_t(
-        (len(x_0), length // block_size),
-        interval=FULL,
-        antithetic=True,
-        device=x_0.device,
-        generator=generator,
-    )  # (B, K)
-    values = noise_values(noise, t, interval=FULL, mdlm_loss_scale=False)
-    if t.shape[1] > 1:
-        values = values.repeat_interleave(block_size)  # each (B, N); a single block: (B, 1)
-    u = torch.rand(x_0.shape, device=x_0.device, generator=generator)
-    x_t = q_xt(
-        x_0,
-        u=u,
-        move_chance=values.move_chance,
-        mask_index=denoiser.mask_index,
-        ignore_bos=True,
+    has_loss = labels != -100
+    x_0 = labels.where(has_loss, input_ids)
+    if attention_mask is not None:
+        has_loss = has_loss & attention_mask.bool()
+    generator = None if seed is None else torch.Generator(x_0.device).manual_seed(seed)
+    token_losses = TokenLosses(
+        denoiser=denoiser, noise=noise, pattern=pattern, block_size=block_size
     )
-    losses = diffusion_token_losses(
-        denoiser, x_0, x_t=x_t, values=values, sigma_max=noise.sigma_max, pattern=pattern
-    )
+    losses = token_losses(x_0, generator=generator)
+    if is_ar:
+        return masked_mean(losses, mask=has_loss[:, 1:])
     is_first = torch.arange(length, device=x_0.device) == 0
     return masked_mean(losses, mask=has_loss & ~is_first)
