@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .attention import attend
 from .chunked_head import TargetScores, target_scores
+from .gelu_linear import gelu_linear
 from .kv_cache import CleanHalf, KVCache
 from .masks import AttentionPattern
 from .rotary import Rotary, rotate
@@ -149,7 +150,7 @@ def split_heads(
     heads = qkv.unflatten(-1, (3, n_heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, H, T, d)
     both, v = heads.split((2, 1))  # a gradient of parts that are split is put together in one go
     q, k = rotate(both, cos=cos, sin=sin)
-    return q, k, v.squeeze(0)
+    return q, k, v.squeeze(0).contiguous()  # a view would keep all of qkv for the backward pass
 
 
 def attend_heads(
@@ -236,7 +237,8 @@ class DITBlock(nn.Module):
     def add(self, x: Tensor, heads: Tensor, attn: Modulation, feed_forward: Modulation) -> Tensor:
         """x (B, T, D) plus what the heads read (B, T, D), and then plus the feed-forward."""
         x = x + attn.gated(self.dropout(self.attn_out(heads)))
-        h = self.mlp(self.norm2(x, feed_forward))
+        up, _, down = self.mlp
+        h = gelu_linear(up(self.norm2(x, feed_forward)), down)
         return x + feed_forward.gated(self.dropout(h))
 
     def dropout(self, h: Tensor) -> Tensor:

@@ -1,12 +1,15 @@
 """Exponential moving average of the weights."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .sharding import local, placed_like, whole
+
+# Weights averaged at a time: few operations for all of them, and a bounded copy of some.
+_GROUP = 2**22
 
 
 class ExponentialMovingAverage:
@@ -33,12 +36,13 @@ class ExponentialMovingAverage:
         """Move the shadow one step towards the parameters (call after each optimizer step)."""
         self.num_updates += 1
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        current = [local(p.detach()) for p in parameters if p.requires_grad]
-        shadow = [local(s) for s in self.shadow]
-        # Not lerp: its float32 rounding is another one than the original's.
-        difference = torch._foreach_sub(shadow, current)
-        torch._foreach_mul_(difference, 1.0 - decay)
-        torch._foreach_sub_(shadow, difference)
+        followed = [local(p.detach()) for p in parameters if p.requires_grad]
+        averages = [local(s) for s in self.shadow]
+        for current, shadow in zip(_groups(followed), _groups(averages), strict=True):
+            # Not lerp: its float32 rounding is another one than the original's.
+            difference = torch._foreach_sub(shadow, current)
+            torch._foreach_mul_(difference, 1.0 - decay)
+            torch._foreach_sub_(shadow, difference)
 
     def place_like(self, parameters: Iterable[Tensor]) -> None:
         """Move the shadow to where the parameters are by now, sharded as they are."""
@@ -85,3 +89,15 @@ class ExponentialMovingAverage:
         for shadow, tensor in zip(self.shadow, loaded, strict=True):
             local(shadow).copy_(local(placed_like(tensor, shadow)))
         self.decay, self.num_updates = state["decay"], state["num_updates"]
+
+
+def _groups(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """All elements as flat views, in lists of at most `_GROUP` elements."""
+    group, size = [], 0
+    for piece in (piece for tensor in tensors for piece in tensor.view(-1).split(_GROUP)):
+        if size + len(piece) > _GROUP:
+            yield group
+            group, size = [], 0
+        group.append(piece)
+        size += len(piece)
+    yield group

@@ -115,7 +115,8 @@ class _SlicedAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, slices: tuple[Slice, ...]
     ) -> Tensor:
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        # The heads of a token side by side, as the next product takes them: that needs no copy.
+        out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
         scale = q.shape[-1] ** -0.5
         for s in slices:
             p = _probabilities(
