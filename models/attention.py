@@ -76,25 +76,29 @@ def _suits_slices(q: Tensor, *, pattern: AttentionPattern) -> bool:
     return q.dtype == torch.bfloat16 or not is_plain
 
 
-# Shortest keys for which `_few_queries` is the faster one; below it is a draw.
-_MANY_KEYS = 256
-
-
-def _suits_products(q: Tensor, k: Tensor) -> bool:
-    """Whether `_few_queries` has a kernel for these; one that trains needs SDPA's gradients."""
+def _suits_products(q: Tensor, *, pattern: AttentionPattern) -> bool:
+    """Whether `_few_queries` is the faster one; what trains needs SDPA's gradients."""
     is_cpu_inference = q.device.type == "cpu" and not torch.is_grad_enabled()
-    return is_cpu_inference and q.dtype == torch.bfloat16 and k.is_contiguous()
+    is_pair = pattern is AttentionPattern.BLOCK_DIFFUSION
+    is_few = q.shape[2] < _MANY_QUERIES and not is_pair
+    return is_cpu_inference and q.dtype == torch.bfloat16 and is_few
 
 
-def _few_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """A block of queries against a long cache, for bf16 on a CPU.
+def _few_queries(q: Tensor, k: Tensor, v: Tensor, *, own: Tensor | None) -> Tensor:
+    """A block of queries, mostly against a long cache, for bf16 on a CPU.
 
     SDPA's kernel there repacks all keys in every call, which takes twice as long as this. The
     scores pass through bf16, whose rounding the weights have anyway.
+
+    Args:
+        q, k, v: (B, H, T, d) and (B, H, S, d).
+        own: which of the last T keys each query sees, (T, T) bool; None: all. It sees all others.
     """
-    shape = q.shape
+    shape, num = q.shape, q.shape[2]
     q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (B H, T or S, d)
     scores = torch.bmm(q * shape[-1] ** -0.5, k.transpose(1, 2))  # (B H, T, S)
+    if own is not None:
+        scores[..., -num:].masked_fill_(~own, -torch.inf)
     return torch.bmm(scores.softmax(dim=-1), v).view(shape)
 
 
@@ -125,8 +129,13 @@ def attend(
             return sliced_attention(
                 q, k, v, pattern=AttentionPattern.FULL, block_size=block_size
             )
-        if kv_len > max(_MANY_KEYS, 4 * q_len) and _suits_products(q, k):
-            return _few_queries(q, k, v)
+        if _suits_products(q, pattern=pattern):
+            return _few_queries(q, k, v, own=None)
         return F.scaled_dot_product_attention(q, k, v)
+    if chosen == "sdpa" and _suits_products(q, pattern=pattern):
+        mask = dense_mask(
+            pattern, q_len=q_len, kv_len=kv_len, block_size=block_size, device=q.device
+        )
+        return _few_queries(q, k, v, own=mask[:, -q_len:])
     run = _flex if chosen == "flex" else _sdpa
     return run(q, k, v, pattern=pattern, block_size=block_size)

@@ -15,17 +15,21 @@ from torch import Tensor, nn
 from .dit import DIT, DITBlock, LayerNorm, Modulation, attend_heads, matmul_dtype, split_heads
 from .kv_cache import KVCache
 from .masks import AttentionPattern
+from .packed_linear import PackedLinear, can_pack
 
 
 def cast_matrices(network: nn.Module, dtype: torch.dtype) -> None:
-    """Keep the weights of all linear layers in this precision, in place.
+    """Keep the weights of all linear layers in this precision, in place; packed where that pays.
 
     Under autocast of the same precision the results do not change; the copies that autocast would
-    make of the weights are spared. For a network that is not trained any more.
+    make of the weights are spared. For a network that is not trained or saved any more.
     """
-    for module in network.modules():
-        if isinstance(module, nn.Linear):
-            module.to(dtype)
+    for module in list(network.modules()):
+        for name, layer in module.named_children():
+            if isinstance(layer, nn.Linear):
+                layer.to(dtype)
+                if can_pack(layer.weight):
+                    setattr(module, name, PackedLinear(layer.weight, layer.bias))
 
 
 @dataclass(frozen=True)
@@ -55,12 +59,18 @@ class Linear:
     bias: Tensor | None
 
     @classmethod
-    def cast(cls, layer: nn.Linear, dtype: torch.dtype) -> "Linear":
-        bias = None if layer.bias is None else layer.bias.to(dtype)
-        return cls(layer.weight.to(dtype), bias)
+    def cast(cls, layer: nn.Linear | PackedLinear, dtype: torch.dtype) -> "Linear | PackedLinear":
+        if isinstance(layer, PackedLinear):
+            return layer
+        weight, bias = layer.weight.to(dtype), None if layer.bias is None else layer.bias.to(dtype)
+        return PackedLinear(weight, bias) if can_pack(weight) else cls(weight, bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """GELU, in its approximation by tanh, of the output."""
+        return F.gelu(self(x), approximate="tanh")
 
 
 class InferenceBlock:
@@ -88,7 +98,7 @@ class InferenceBlock:
     def add(self, x: Tensor, heads: Tensor) -> Tensor:
         """The residual (..., D) with the attention's output and the feed-forward network's."""
         x = _add(x, self.attn_out(heads), gate=self.gate1)
-        h = F.gelu(self.up(self.norm2(x, dtype=self.dtype)), approximate="tanh")
+        h = self.up.gelu(self.norm2(x, dtype=self.dtype))
         return _add(x, self.down(h), gate=self.gate2)
 
 

@@ -23,7 +23,8 @@ class KVCache:
     does not matter to attention, and the rotation that keys carry is relative.
 
     On a CPU the tokens of all heads lie without gaps, as many as there are: oneDNN copies whatever
-    has gaps, in every product. So they move when the text has grown by a block, not in each step.
+    has gaps, in every product. So they move when the text has grown by a block, not in each step: a
+    layer into a spare buffer, and what it leaves is the spare one of the next.
 
     Args:
         n_layers, batch_size, n_heads, capacity, head_dim: the buffers' sizes; capacity in tokens.
@@ -45,11 +46,14 @@ class KVCache:
         dtype: torch.dtype,
     ):
         size = batch_size * n_heads * capacity * head_dim
-        self._buffer = torch.zeros(n_layers, 2, size, device=device, dtype=dtype)
+        moves = device.type == "cpu"
+        # Nothing reads what has not been written, so a short text touches little of it.
+        self._buffer = torch.empty(n_layers + moves, 2, size, device=device, dtype=dtype)
+        self._place, self._spare = list(range(n_layers)), n_layers  # where in it a layer is
         self._shape = (2, batch_size, n_heads, -1, head_dim)
         self._tokens_size = size // capacity
         # How many tokens of each head lie together, per layer.
-        self._room = [0 if device.type == "cpu" else capacity] * n_layers
+        self._room = [0 if moves else capacity] * n_layers
         self.capacity = capacity
         self.num_tokens = 0
         self._num_written = 0
@@ -107,11 +111,13 @@ class KVCache:
 
     def _tokens(self, layer: int) -> Tensor:
         """Keys and values of a layer, (2, B, H, room, d), a view of its buffer."""
-        return self._buffer[layer, :, : self._room[layer] * self._tokens_size].view(self._shape)
+        size = self._room[layer] * self._tokens_size
+        return self._buffer[self._place[layer], :, :size].view(self._shape)
 
     def _make_room(self, layer: int, room: int) -> None:
         """Let `room` tokens of each head lie together, and keep the committed ones."""
-        committed = self._tokens(layer)[:, :, :, : self.num_tokens].clone()
+        committed = self._tokens(layer)[:, :, :, : self.num_tokens]
+        self._place[layer], self._spare = self._spare, self._place[layer]
         self._room[layer] = room
         self._tokens(layer)[:, :, :, : self.num_tokens] = committed
 
@@ -156,11 +162,12 @@ class StaticKVCache(KVCache):
     def __init__(self, **sizes: Any):
         super().__init__(**sizes)
         self._room = [self.capacity] * len(self._room)
+        self._buffer.zero_()  # all of it takes part, and what a mask hides must be a number
 
     @property
     def buffers(self) -> Tensor:
         """Keys and values of all layers, (layers, 2, B, H, capacity, d)."""
-        return self._buffer.view(len(self._room), *self._shape)
+        return self._buffer[: len(self._room)].view(len(self._room), *self._shape)
 
     def place(
         self, num_new: int, *, pattern: AttentionPattern, block_size: int

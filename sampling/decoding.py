@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 NUCLEUS_RULES = ("paper", "standard")
-# Tokens among which the nucleus is looked for first. A trained model's nucleus of 0.9 is smaller.
-CANDIDATES = 1024
+# Tokens among which the nucleus is looked for first, then four times as many, and so on: to sort
+# 50,000 numbers takes as long as the network takes for a block.
+CANDIDATES = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,21 +74,24 @@ def nucleus(probs: Tensor, *, p: float, keeps_crossing: bool = False) -> Tensor:
     """
     if p >= 1.0:
         return probs
-    ordered, order = _most_probable(probs, mass=p)
-    cumulative = ordered.cumsum(dim=-1)
-    keep = (cumulative - ordered < p) if keeps_crossing else (cumulative <= p)
-    keep[..., 0] = True
-    kept = torch.zeros_like(probs).scatter(-1, order, ordered * keep)
-    return kept / kept.sum(dim=-1, keepdim=True)
+    flat = probs.reshape(-1, probs.shape[-1])
+    kept, num = torch.zeros_like(flat), CANDIDATES
+    rows = torch.arange(len(flat), device=flat.device)  # whose nucleus is not known yet
+    while len(rows):
+        ordered, order = _most_probable(flat if len(rows) == len(flat) else flat[rows], num=num)
+        cumulative = ordered.cumsum(dim=-1)
+        keep = (cumulative - ordered < p) if keeps_crossing else (cumulative <= p)
+        keep[:, 0] = True
+        kept[rows[:, None], order] = ordered * keep
+        ends_later = keep[:, -1] & (num < flat.shape[-1])
+        rows, num = rows[ends_later], 4 * num
+    return (kept / kept.sum(dim=-1, keepdim=True)).view_as(probs)
 
 
-def _most_probable(probs: Tensor, *, mass: float) -> tuple[Tensor, Tensor]:
-    """Probabilities and tokens in descending order, at least as many as make up the mass."""
-    if probs.shape[-1] > CANDIDATES:
-        # To sort 50,000 numbers takes as long as the network takes for a block; these come fast.
-        ordered, order = probs.topk(CANDIDATES, dim=-1)
-        if bool((ordered.sum(dim=-1) > mass).all()):
-            return ordered, order
+def _most_probable(probs: Tensor, *, num: int) -> tuple[Tensor, Tensor]:
+    """Probabilities and tokens in descending order, `num` of each row (n, V) or all."""
+    if num < probs.shape[-1]:
+        return probs.topk(num, dim=-1)
     return probs.sort(dim=-1, descending=True, stable=True)
 
 

@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import nn
 
+from models import inference
 from models.attention import attend
 from models.inference import InferenceDIT, cast_matrices
 from models.masks import AttentionPattern
+from models.packed_linear import PackedLinear, can_pack
 from models.static_inference import StaticInferenceDIT
-from tests.references import random_tokens, small_dit
+from tests.references import brute_force_mask, random_tokens, small_dit
 
 P = AttentionPattern
 
@@ -74,7 +76,7 @@ def test_cast_matrices_changes_nothing_under_autocast():
     cast = copy.deepcopy(network)
     cast_matrices(cast, torch.bfloat16)
     assert torch.equal(passes(cast, pattern=P.BLOCK_CAUSAL, dtype=torch.bfloat16), expected)
-    halves = {m.weight.dtype for m in cast.modules() if isinstance(m, nn.Linear)}
+    halves = {m.weight.dtype for m in cast.modules() if isinstance(m, nn.Linear | PackedLinear)}
     assert halves == {torch.bfloat16}
     assert cast.vocab_embed.embedding.dtype == cast.rotary_emb.inv_freq.dtype == torch.float32
 
@@ -104,16 +106,54 @@ def test_no_dropout():
 
 
 @pytest.mark.parametrize("kv_len", [40, 300, 1008])
-def test_few_queries_equal_sdpa(kv_len):
-    """The CPU's own form for a block against a long cache, in the rounding of bf16."""
+@pytest.mark.parametrize("pattern", [P.FULL, P.BLOCK_CAUSAL, P.CAUSAL])
+def test_few_queries_equal_sdpa(kv_len, pattern):
+    """The CPU's own form for a few tokens against a long cache, in the rounding of bf16."""
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, n, 16, generator=g) for n in (8, kv_len, kv_len))
-    exact = nn.functional.scaled_dot_product_attention(q, k, v)
+    mask = brute_force_mask(pattern, q_len=8, kv_len=kv_len, block_size=4)
+    exact = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     half = [x.bfloat16() for x in (q, k, v)]
-    how = {"pattern": P.FULL, "block_size": 8, "backend": "sdpa"}
+    # Of a cache with room for more, what lies behind the tokens is not a number.
+    room = torch.full((2, 2, 3, kv_len + 8, 16), torch.nan, dtype=torch.bfloat16)
+    room[0, :, :, :kv_len], room[1, :, :, :kv_len] = half[1:]
+    how = {"pattern": pattern, "block_size": 4, "backend": "sdpa"}
     with torch.no_grad():
-        found = attend(*half, **how)
+        found = attend(half[0], *room[:, :, :, :kv_len], **how)
     assert (found - exact).abs().max() < 0.03 * exact.abs().max()
+
+
+@pytest.mark.parametrize("num_rows", [1, 5, 48])
+@pytest.mark.parametrize("has_bias", [True, False])
+@torch.no_grad()
+def test_packed_weights_change_nothing(num_rows, has_bias):
+    layer = nn.Linear(48, 80, bias=has_bias).bfloat16()
+    if not can_pack(layer.weight):
+        pytest.skip("this CPU, or this build of torch, has no kernel for packed bf16 weights")
+    packed = PackedLinear(layer.weight, layer.bias)
+    x = torch.randn(2, num_rows, 48, generator=torch.Generator().manual_seed(0)).bfloat16()
+    torch.testing.assert_close(packed(x), layer(x), rtol=0.01, atol=0.01)
+    exact = nn.functional.gelu(layer.float()(x.float()), approximate="tanh")
+    torch.testing.assert_close(packed.gelu(x).float(), exact, rtol=0.01, atol=0.01)
+    assert packed(x).dtype == torch.bfloat16
+
+
+def test_what_has_no_packed_form():
+    """Float32 texts stay what they were; weights of gradients or on a GPU are not touched."""
+    assert not can_pack(torch.zeros(4, 4))
+    assert not can_pack(torch.zeros(4, 4, device="meta", dtype=torch.bfloat16))
+
+
+def test_without_the_operators_of_packed_weights(monkeypatch):
+    """A build of torch that lacks them samples as before."""
+    network = small_dit(block_size=4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = passes(InferenceDIT(network), pattern=P.BLOCK_CAUSAL, dtype=torch.bfloat16)
+        monkeypatch.setattr(inference, "can_pack", lambda weight: False)
+        plain = InferenceDIT(network)
+    assert not isinstance(plain.head, PackedLinear)
+    expected = passes(plain, pattern=P.BLOCK_CAUSAL, dtype=torch.bfloat16)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.02 * expected.abs().max().item())
 
 
 def ring(network, *, pattern, capacity=16, compiled_with=None):

@@ -95,13 +95,28 @@ def test_a_piece_that_would_wrap_is_an_error():
 
 
 def test_append_returns_views_of_one_buffer():
-    """Nothing is copied: the cost of a step does not grow by a copy of the whole cache."""
+    """Steps of a block copy nothing; the cost of a step does not grow by a copy of the cache."""
     cache = cache_for(small_dit(), batch_size=1, capacity=64)
     k = torch.ones(1, 2, 4, 16)
     first, _ = cache.append(0, k=k, v=k)
     cache.commit(4)
+    second, _ = cache.append(0, k=4 * k, v=4 * k)
     keys, values = cache.append(0, k=2 * k, v=3 * k)
     assert keys.shape == values.shape == (1, 2, 8, 16)
-    assert keys.data_ptr() == first.data_ptr()
+    assert keys.data_ptr() == second.data_ptr()
+    assert keys.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
     assert (keys[:, :, :4] == 1).all() and (keys[:, :, 4:] == 2).all()
     assert (values[:, :, 4:] == 3).all()
+
+
+def test_layers_that_move_keep_what_they_hold():
+    """Keys and values of each layer, while all of them grow and change places."""
+    cache = cache_for(small_dit(), batch_size=2, capacity=16)
+    generator = torch.Generator().manual_seed(0)
+    written = torch.randn(2, 2, 2, 2, 16, 16, generator=generator)  # layer, k or v, B, H, N, d
+    for start, size in ((0, 4), (4, 8), (12, 1), (13, 1), (14, 2)):
+        for layer in range(2):
+            k, v = written[layer, :, :, :, start : start + size]
+            found = torch.stack(cache.append(layer, k=k, v=v))
+            assert torch.equal(found, written[layer, :, :, :, : start + size])
+        cache.commit(size)
