@@ -55,6 +55,15 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def give_back_freed_memory() -> None:
+    """Give the system what has been freed so far, as before `keep_freed_memory`.
+
+    For the moment when large things are gone for good, as weights that were cast.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def file_exists(path: str) -> bool:
     """Whether a file or directory exists, at any place fsspec reaches."""
     fs, name = fsspec.core.url_to_fs(path)
