@@ -10,6 +10,7 @@ from hydra import initialize_config_dir
 from omegaconf import DictConfig
 
 import resolvers
+from tests.small_run import overrides, write_text
 
 PROJECT = Path(__file__).resolve().parents[1]
 SHARED = PROJECT.parent / "shared"
@@ -39,6 +40,25 @@ def compose() -> Callable[..., DictConfig]:
             return hydra_compose("config", overrides or [])
 
     return compose_overrides
+
+
+@pytest.fixture
+def run_main(
+    compose: Callable[..., DictConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Path]:
+    """Runs main on a page of text: `run_main("first", "algo=ar", ...)` returns its directory."""
+    import main  # most tests need nothing of it
+
+    write_text(tmp_path)
+
+    def run(name: str, *changes: str) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        main.run(compose(overrides(tmp_path, *changes)), launch_dir=str(tmp_path))
+        return folder
+
+    return run
 
 
 @pytest.fixture

@@ -6,9 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import main
 from diffusion import Diffusion
-from tests.small_run import overrides, write_text
 from training.convert import main as convert
 
 # What trains the weights.
@@ -21,14 +19,10 @@ RANGE = ["training.sampling_eps_min=0.4", "training.sampling_eps_max=0.9", "algo
 
 
 @pytest.fixture
-def run(tmp_path, compose, monkeypatch):
+def run(run_main, monkeypatch):
     """`run("name", "key=value", ...)`: a training's directory, and the rows that it saw."""
-    write_text(tmp_path)
 
     def run_in(name: str, *changes: str) -> tuple[Path, list]:
-        folder = tmp_path / name
-        folder.mkdir()
-        monkeypatch.chdir(folder)
         seen = []
         step = Diffusion.training_step
 
@@ -38,8 +32,7 @@ def run(tmp_path, compose, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(Diffusion, "training_step", recorded)
-            main.run(compose(overrides(tmp_path, *changes)), launch_dir=str(tmp_path))
-        return folder, seen
+            return run_main(name, *changes), seen
 
     return run_in
 

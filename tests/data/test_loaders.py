@@ -72,9 +72,14 @@ def test_ranks_share_out_the_rows(local_config, world_size: int):
 def test_training_resumes_where_it_stopped(local_config, num_workers: int):
     """The original started the data order again after every restart."""
     config = local_config(f"loader.num_workers={num_workers}")
+    assert_resumes(config, after=5)
+
+
+def assert_resumes(config: DictConfig, *, after: int) -> None:
+    """What a training loader gives out after so many batches, a new one in its state does too."""
     train, _ = loaders(config, skip_valid=True)
     batches = iter(train)
-    for _ in range(5):
+    for _ in range(after):
         next(batches)
     state = train.state_dict()
     expected = [next(batches)["input_ids"].tolist() for _ in range(4)]
@@ -170,16 +175,7 @@ def test_stream_resumes_where_it_stopped(local_config, tmp_path: Path, num_worke
     config = stream_config(
         local_config, tmp_path, "data.shuffle_buffer=0", f"loader.num_workers={num_workers}"
     )
-    train, _ = loaders(config, skip_valid=True)
-    batches = iter(train)
-    for _ in range(50):
-        next(batches)
-    state = train.state_dict()
-    expected = [next(batches)["input_ids"].tolist() for _ in range(4)]
-    resumed, _ = loaders(config, skip_valid=True)
-    resumed.load_state_dict(state)
-    found = [batch["input_ids"].tolist() for batch in itertools.islice(resumed, 4)]
-    assert found == expected
+    assert_resumes(config, after=50)
 
 
 def test_stream_resumed_at_its_end_goes_on(local_config, tmp_path: Path):

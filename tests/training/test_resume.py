@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import main
 from tests.faults.runs import assert_same_training
-from tests.small_run import ALGOS, overrides, write_text
+from tests.small_run import ALGOS
 from training.checkpoint_io import AtomicCheckpointIO
 
 # 354 rows: epochs of four global batches of 88 rows, and two rows that are left out.
@@ -36,15 +35,11 @@ SLOW = {"workers", "stream workers", "end of epoch", "end of stream", "fraction 
 
 
 @pytest.fixture
-def run(tmp_path, compose, monkeypatch):
+def run(run_main):
     """Trains in a folder of its own; returns the final checkpoint and the rows of the log."""
-    write_text(tmp_path)
 
     def run_in(name: str, *changes: str) -> tuple[dict | None, list[dict]]:
-        folder = tmp_path / name
-        folder.mkdir()
-        monkeypatch.chdir(folder)
-        main.run(compose(overrides(tmp_path, *changes)), launch_dir=str(tmp_path))
+        folder = run_main(name, *changes)
         if not (folder / "checkpoints/last.ckpt").exists():  # it had been at its end
             return None, []
         with (folder / "metrics/version_0/metrics.csv").open(newline="") as file:
