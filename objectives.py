@@ -24,8 +24,6 @@ from models.masks import AttentionPattern
 from models.static_inference import StaticInferenceDIT
 from noise_schedule import NoiseValues
 
-PARAMETERIZATIONS = ("subs", "sedd", "ar")
-
 
 def without_mask_token(logits: Tensor, *, mask_index: int) -> Tensor:
     """Float32 logits (..., V) in which the mask token has no probability."""
@@ -88,7 +86,7 @@ class Denoiser:
 
     Args:
         backbone: the network, called as `DIT` is.
-        parameterization: one of `PARAMETERIZATIONS`.
+        parameterization: subs, sedd or ar.
         mask_index: id of the mask token.
         time_conditioning: whether the network is told sigma; otherwise it always sees 0.
     """

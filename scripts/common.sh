@@ -15,6 +15,8 @@ cd "$ROOT"
 
 CHECKPOINT_DIR="${CHECKPOINT_DIR:-$ROOT}"
 export BD3LM_CACHE="${BD3LM_CACHE:-$HOME/.cache/bd3lm}"
+ZERO_SHOT_DATASETS="ptb wikitext103 lm1b-gpt2 lambada ag_news"
+ZERO_SHOT_DATASETS+=" scientific_papers_pubmed scientific_papers_arxiv"
 if [[ -z "${PYTHON:-}" ]]; then
   PYTHON=python
   if [[ -x "$ROOT/.venv/bin/python" ]]; then PYTHON="$ROOT/.venv/bin/python"; fi

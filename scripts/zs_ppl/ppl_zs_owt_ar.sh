@@ -23,9 +23,7 @@ scripts="$(dirname "${BASH_SOURCE[0]}")/.."
 source "$scripts/common.sh"
 
 CHECKPOINT="$(find_checkpoint CHECKPOINT "$CHECKPOINT_DIR/ar_owt.ckpt")"
-DEFAULT_DATASETS="ptb wikitext103 lm1b-gpt2 lambada ag_news"
-DEFAULT_DATASETS+=" scientific_papers_pubmed scientific_papers_arxiv"
-read -ra DATASETS <<<"${DATASETS:-$DEFAULT_DATASETS}"
+read -ra DATASETS <<<"${DATASETS:-$ZERO_SHOT_DATASETS}"
 
 for data in "${DATASETS[@]}"; do
   launch \

@@ -24,9 +24,7 @@ source "$scripts/common.sh"
 
 BLOCK_SIZE="${BLOCK_SIZE:-4}"
 CHECKPOINT="$(find_checkpoint CHECKPOINT "kuleshov-group/bd3lm-owt-block_size${BLOCK_SIZE}")"
-DEFAULT_DATASETS="ptb wikitext103 lm1b-gpt2 lambada ag_news"
-DEFAULT_DATASETS+=" scientific_papers_pubmed scientific_papers_arxiv"
-read -ra DATASETS <<<"${DATASETS:-$DEFAULT_DATASETS}"
+read -ra DATASETS <<<"${DATASETS:-$ZERO_SHOT_DATASETS}"
 
 for data in "${DATASETS[@]}"; do
   launch \
