@@ -191,6 +191,17 @@ class Diffusion(L.LightningModule):
             "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "trainer/lr"},
         }
 
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: torch.optim.Optimizer,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        # Lightning frees the gradients after the next forward pass, which they need not be beside.
+        optimizer.zero_grad()
+
     # --- validation ------------------------------------------------------------------------------
 
     def on_validation_batch_start(

@@ -1,6 +1,7 @@
 """What the benchmarks of whole steps share: options, rounds, the table and its JSON."""
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -32,6 +33,8 @@ class Figures:
     times_reference: float | None  # how many times as fast as the reference
     memory_mb: float
     memory_of_reference: float | None  # as a share of the reference's
+    passes_mb: float  # the most without the optimizer's moments and the moving average
+    passes_of_reference: float | None
     model_tflops: float  # per step, in units of 1e12
     share_of_peak: float  # model FLOP/s of the machine's matrix products in this precision
 
@@ -50,7 +53,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compile", choices=("auto", "true", "false"), nargs="?", default="auto",
                         const="true", help="training.compile, of ours alone")  # fmt: skip
     parser.add_argument("--device", default="cuda" if has_gpu else "cpu")
-    parser.add_argument("--warmup", type=int, default=3 if has_gpu else 1, help="steps not timed")
+    parser.add_argument("--warmup", type=int, default=3 if has_gpu else 2, help="steps not timed")
     parser.add_argument("--steps", type=int, default=10 if has_gpu else 2, help="per round")
     parser.add_argument("--rounds", type=int, default=1 if has_gpu else 2,
                         help="how often all rows are timed, in turns")  # fmt: skip
@@ -73,25 +76,24 @@ def read_options(
 
 
 def jobs_of(arguments: argparse.Namespace, *, work: str) -> dict[str, Job]:
-    """The rows by name, ours first: each precision on each backend, then the reference."""
+    """The rows by name, ours in all combinations first, then the reference."""
     shared = {
         key: getattr(arguments, key)
         for key in ("algo", "model", "length", "block_size", "batch_size", "device", "warmup",
                     "steps")
     }  # fmt: skip
     jobs = {}
-    for precision in arguments.precision:
-        for backend in arguments.attn_backend:
-            name = precision if len(arguments.attn_backend) == 1 else f"{precision}, {backend}"
-            jobs[name] = Job(
-                work=work,
-                side="ours",
-                precision=precision,
-                attn_backend=backend,
-                compiled=arguments.compile,
-                activation_checkpointing=getattr(arguments, "activation_checkpointing", "none"),
-                **shared,
-            )
+    varied = {
+        "precision": arguments.precision,
+        "attn_backend": arguments.attn_backend,
+        "activation_checkpointing": getattr(arguments, "activation_checkpointing", ["none"]),
+    }
+    for values in itertools.product(*varied.values()):
+        chosen = dict(zip(varied, values, strict=True))
+        # The precision, and what else differs between rows.
+        told = (v for k, v in chosen.items() if k == "precision" or len(varied[k]) > 1)
+        name = ", ".join(told)
+        jobs[name] = Job(work=work, side="ours", compiled=arguments.compile, **chosen, **shared)
     if arguments.against is not None:
         # The original runs in bf16 on GPUs, and in float32 on CPUs, where it has no autocast.
         precision = "bf16" if torch.device(arguments.device).type == "cuda" else "float32"
@@ -134,10 +136,12 @@ def figures(jobs: dict[str, Job], results: dict[str, Result]) -> list[Figures]:
     rows = []
     for name, result in results.items():
         job, seconds = jobs[name], statistics.median(result.seconds)
-        times, share = None, None
+        passes_mb = result.memory_mb - result.state_mb
+        times, share, passes_share = None, None, None
         if reference is not None:
             times = statistics.median(reference.seconds) / seconds
             share = result.memory_mb / reference.memory_mb
+            passes_share = passes_mb / (reference.memory_mb - reference.state_mb)
         rows.append(
             Figures(
                 name=name,
@@ -146,6 +150,8 @@ def figures(jobs: dict[str, Job], results: dict[str, Result]) -> list[Figures]:
                 times_reference=times,
                 memory_mb=result.memory_mb,
                 memory_of_reference=share,
+                passes_mb=passes_mb,
+                passes_of_reference=passes_share,
                 model_tflops=result.flops / 1e12,
                 share_of_peak=result.flops / seconds / result.peak_flops,
             )
@@ -197,7 +203,7 @@ def print_figures(
     table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
     table.add_column("", no_wrap=True)
     headings = ["s per\nstep", "tokens\nper s", "times\nref.", "peak\nMB", "of\nref.",
-                "model\nTFLOP", "of\npeak"]  # fmt: skip
+                "without\nstate", "of\nref.", "model\nTFLOP", "of\npeak"]  # fmt: skip
     if batches is not None:
         headings.insert(1, f"s per\n{batches}")
     for heading in headings:
@@ -209,6 +215,8 @@ def print_figures(
             "" if row.times_reference is None else f"{row.times_reference:.2f}",
             f"{row.memory_mb:,.0f}",
             "" if row.memory_of_reference is None else f"{row.memory_of_reference:.2f}",
+            f"{row.passes_mb:,.0f}",
+            "" if row.passes_of_reference is None else f"{row.passes_of_reference:.2f}",
             f"{row.model_tflops:.3g}",
             f"{row.share_of_peak:.0%}",
         ]

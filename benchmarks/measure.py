@@ -30,6 +30,7 @@ class Result:
     losses: list[float]
     memory_mb: float  # the most in use: on a GPU of tensors, on a CPU of the whole process
     memory_before_mb: float  # in use before the network was made
+    state_mb: float  # of the most: the optimizer's moments and the moving average
     flops: float  # of the model, per step
     peak_flops: float  # FLOP/s of a large matrix product in this precision
 
@@ -40,6 +41,7 @@ class Result:
             losses=self.losses + other.losses,
             memory_mb=max(self.memory_mb, other.memory_mb),
             memory_before_mb=max(self.memory_before_mb, other.memory_before_mb),
+            state_mb=self.state_mb,
             flops=self.flops,
             peak_flops=max(self.peak_flops, other.peak_flops),
         )
@@ -72,6 +74,7 @@ def measure(job: Job) -> Result:
         losses=losses[job.warmup :],
         memory_mb=peak_memory_mb(device),
         memory_before_mb=memory_before,
+        state_mb=step.state_mb,
         flops=model_flops(job, model),
         peak_flops=matmul_peak(device, DTYPES[job.precision]),
     )

@@ -69,7 +69,7 @@ def options(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--compile", choices=("auto", "true", "false"), nargs="?", default="auto",
                         const="true", help="training.compile")  # fmt: skip
     parser.add_argument("--device", default="cuda" if has_gpu else "cpu")
-    parser.add_argument("--warmup", type=int, default=3 if has_gpu else 1, help="steps not timed")
+    parser.add_argument("--warmup", type=int, default=3 if has_gpu else 2, help="steps not timed")
     parser.add_argument("--steps", type=int, default=10 if has_gpu else 1, help="timed steps")
     parser.add_argument("--max-seconds", type=float, default=1800.0, help="of everything")
     parser.add_argument("--json", type=Path, help="write the figures here too")

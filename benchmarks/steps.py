@@ -49,10 +49,17 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One step: `run` does it and returns its loss; `share` of the whole is what it does."""
+    """One step.
+
+    Attributes:
+        run: does it and returns its loss.
+        share: of the whole that it does.
+        state_mb: what is held from step to step beside the weights: two moments and an average.
+    """
 
     run: Callable[[], Tensor]
     share: float = 1.0
+    state_mb: float = 0.0
 
 
 class StubTokenizer:
@@ -139,15 +146,15 @@ def _train_ours(job: Job, config: DictConfig, model: Diffusion) -> Step:
             losses = model.token_losses(batch["input_ids"], interval=model.interval)
             mask = model.loss_mask(batch["attention_mask"], is_training=True)
             loss = masked_mean(losses, mask=mask)
-        optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.trainer.gradient_clip_val)
         optimizer.step()
+        optimizer.zero_grad()
         scheduler.step()
         average.update(model.parameters())
         return loss.detach()
 
-    return Step(run=run)
+    return Step(run=run, state_mb=_state_mb(model))
 
 
 def _train_reference(job: Job, config: DictConfig, model: Diffusion) -> Step:
@@ -172,7 +179,11 @@ def _train_reference(job: Job, config: DictConfig, model: Diffusion) -> Step:
         average.update()
         return loss.detach()
 
-    return Step(run=run)
+    return Step(run=run, state_mb=_state_mb(model))
+
+
+def _state_mb(model: Diffusion) -> float:
+    return 3 * sum(parameter.nbytes for parameter in model.parameters()) / 1e6
 
 
 def _evaluate_ours(job: Job, model: Diffusion) -> Step:

@@ -6,7 +6,8 @@
 Forward, backward, clipping, AdamW and moving average, on random rows with random weights. Each row
 of the table has a process of its own; `benchmarks.reference` is what the original does, and
 `benchmarks.flops` counts the model FLOPs. Tokens are clean ones, batch size x length. The peak of
-memory is that of the whole process on a CPU, and of all tensors on a GPU.
+memory is that of the whole process on a CPU, and of all tensors on a GPU; "without state" leaves
+out the optimizer's moments and the moving average, which the reference has too.
 """
 
 import argparse
@@ -20,8 +21,9 @@ def options(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_options(parser)
     parser.add_argument(
-        "--activation-checkpointing", choices=("none", "blocks"), default="none", help="ours alone"
-    )
+        "--activation-checkpointing", choices=("none", "blocks"), nargs="+", default=["none"],
+        help="ours alone",
+    )  # fmt: skip
     return read_options(parser, words)
 
 

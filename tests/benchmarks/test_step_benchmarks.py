@@ -12,7 +12,7 @@ import torch
 from benchmarks import comparison, eval, measure, scaling, train_step
 from benchmarks.comparison import jobs_of
 from benchmarks.measure import JobFailed, Result
-from benchmarks.steps import Job, evaluated_ranges, make_config, make_model
+from benchmarks.steps import Job, evaluated_ranges, make_config, make_model, make_step
 from forward_process import FULL
 from tests.conftest import PROJECT
 
@@ -24,7 +24,7 @@ TINY = (
 def result(seconds: float = 2.0, memory: float = 4000.0) -> Result:
     return Result(
         seconds=[seconds, seconds, 9 * seconds], losses=[10.0], memory_mb=memory,
-        memory_before_mb=400.0, flops=3e12, peak_flops=1e13,
+        memory_before_mb=400.0, state_mb=2000.0, flops=3e12, peak_flops=1e13,
     )  # fmt: skip
 
 
@@ -60,6 +60,12 @@ class TestOptions:
         assert list(jobs) == ["bf16, flex", "bf16, sdpa"]
         assert {job.compiled for job in jobs.values()} == {"true"}
         assert {job.activation_checkpointing for job in jobs.values()} == {"blocks"}
+
+    def test_rows_with_and_without_activation_checkpointing(self):
+        words = ["--precision", "bf16", "float32", "--activation-checkpointing", "none", "blocks"]
+        jobs = jobs_of(train_step.options(words), work="train")
+        assert list(jobs) == ["bf16, none", "bf16, blocks", "float32, none", "float32, blocks"]
+        assert jobs["float32, blocks"].activation_checkpointing == "blocks"
 
     def test_the_reference_runs_in_bf16_on_gpus(self):
         """As the original does, which has no autocast on a CPU."""
@@ -102,6 +108,7 @@ class TestTables:
         assert [row["name"] for row in record["rows"]] == ["bf16", "float32", "reference, float32"]
         row = record["rows"][0]
         assert row["times_reference"] == 6 and row["memory_of_reference"] == 0.5
+        assert row["passes_mb"] == 2000 and row["passes_of_reference"] == pytest.approx(1 / 3)
         assert row["tokens_per_second"] == 1024 and len(row["result"]["seconds"]) == 6
         assert [job.side for job in made_up] == 2 * ["ours", "ours", "reference"]
 
@@ -156,6 +163,16 @@ class TestMeasurement:
 
 
 @pytest.mark.slow
+def test_state_is_what_optimizer_and_average_hold():
+    """The same for both sides."""
+    for side in ("ours", "reference"):
+        job = Job(work="train", side=side, length=32, overrides=TINY)
+        config = make_config(job)
+        model = make_model(config, torch.device("cpu"))
+        weights = sum(p.numel() for p in model.parameters())
+        assert make_step(job, config, model).state_mb == pytest.approx(3 * 4 * weights / 1e6)
+
+
 def test_a_job_in_a_process_of_its_own():
     """The parent reads what the process found; one that fails has no result."""
     job = Job(work="train", side="ours", model="tiny", length=16, overrides=TINY)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import models.ema as ema_module
 from models.ema import ExponentialMovingAverage
 
 
@@ -29,11 +30,13 @@ def test_decay_ramps_up_to_its_value(decay, first):
         assert math.isclose(ema.shadow[0].item(), expected, rel_tol=1e-6)
 
 
-def test_rounds_as_the_original_does():
-    """All tensors at once as one after the other, to the bit.
+@pytest.mark.parametrize("group", [2**22, 1000, 6, 1])
+def test_rounds_as_the_original_does(group, monkeypatch):
+    """However many weights at once, as one tensor after the other, to the bit.
 
     `lerp` computes the same average with another rounding, 2.4e-7 away on the golden file.
     """
+    monkeypatch.setattr(ema_module, "_GROUP", group)
     weights = parameters((1000,), (3, 2), ())
     ema = ExponentialMovingAverage(weights, decay=0.9999)
     expected = [weight.detach().clone() for weight in weights]

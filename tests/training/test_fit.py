@@ -49,6 +49,20 @@ def test_learning_rate_warms_up(build, tmp_path):
     assert memory.values("trainer/lr") == pytest.approx([0, 0.0025, 0.005, 0.0075])
 
 
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_gradients_are_gone_before_the_next_forward_pass(accumulated, build, tmp_path):
+    """Lightning would keep them beside its activations; within an accumulation they stay."""
+    held = []
+
+    class Watch(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, *args):
+            held.append(any(p.grad is not None for p in pl_module.parameters()))
+
+    run, _ = trainer(tmp_path, steps=2, accumulate_grad_batches=accumulated, callbacks=[Watch()])
+    run.fit(build(*ALGOS["ar"]), batches(2 * accumulated), batches(1))
+    assert held == ([False, False] if accumulated == 1 else [False, True, False, True])
+
+
 def test_the_search_sets_the_range_after_validation(build, tmp_path):
     run, memory = trainer(tmp_path, steps=2)
     model = build(*BD3LM)
