@@ -203,7 +203,7 @@ def make_fast(model: Diffusion, config: DictConfig) -> None:
     Done once: a network that is compiled anew for each batch would be slower than one that is not.
     """
     if is_bf16(config):
-        cast_matrices(model.backbone, torch.bfloat16)
+        cast_matrices(model.backbone, torch.bfloat16, packs=not config.sampling.compile)
     with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=is_bf16(config)):
         model.denoiser = model.denoiser.for_sampling(compiled=config.sampling.compile)
     give_back_freed_memory()  # the float32 weights' share

@@ -151,7 +151,7 @@ class Denoiser:
         """
         if self.time_conditioning or not isinstance(self.backbone, DIT):
             return self
-        fast = InferenceDIT(self.backbone)
+        fast = InferenceDIT(self.backbone, packs=not compiled)
         return replace(self, backbone=StaticInferenceDIT(fast) if compiled else fast)
 
     def make_cache(self, batch_size: int, *, capacity: int) -> KVCache:

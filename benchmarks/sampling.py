@@ -53,8 +53,10 @@ class Figures:
     memory_mb: float  # peak above what the process had before the network was made
 
 
-def build(model: str, *, block_size: int, device: torch.device, dtype: torch.dtype) -> Denoiser:
-    """A network of this size with random weights everywhere, its matrices in `dtype`."""
+def build(
+    model: str, *, block_size: int, device: torch.device, dtype: torch.dtype, packs: bool
+) -> Denoiser:
+    """A network of this size with random weights everywhere, its matrices as samplers have them."""
     hidden_size, cond_dim, n_blocks, n_heads = MODELS[model]
     torch.manual_seed(0)
     config = DITConfig(
@@ -70,7 +72,7 @@ def build(model: str, *, block_size: int, device: torch.device, dtype: torch.dty
     # The zero-initialised head would make every token equally likely. This spread of the logits
     # gives about the entropy of a trained model, 4 nats, which the speed of the nucleus depends on.
     torch.nn.init.normal_(backbone.output_layer.linear.weight, std=4.6 / hidden_size**0.5)
-    cast_matrices(backbone, dtype)
+    cast_matrices(backbone, dtype, packs=packs)
     give_back_freed_memory()
     return Denoiser(backbone=backbone, parameterization="subs", mask_index=MASK)
 
@@ -215,6 +217,7 @@ def main() -> None:
         block_size=arguments.block_size,
         device=device,
         dtype=torch.bfloat16 if is_bf16 else torch.float32,
+        packs=not arguments.compile,
     )
     rows = []
     with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_bf16):

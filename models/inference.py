@@ -18,17 +18,21 @@ from .masks import AttentionPattern
 from .packed_linear import PackedLinear, can_pack
 
 
-def cast_matrices(network: nn.Module, dtype: torch.dtype) -> None:
+def cast_matrices(network: nn.Module, dtype: torch.dtype, *, packs: bool = True) -> None:
     """Keep the weights of all linear layers in this precision, in place; packed where that pays.
 
     Under autocast of the same precision the results do not change; the copies that autocast would
     make of the weights are spared. For a network that is not trained or saved any more.
+
+    Args:
+        network, dtype: see above.
+        packs: False for a network that will be compiled, see `PackedLinear`.
     """
     for module in list(network.modules()):
         for name, layer in module.named_children():
             if isinstance(layer, nn.Linear):
                 layer.to(dtype)
-                if can_pack(layer.weight):
+                if packs and can_pack(layer.weight):
                     setattr(module, name, PackedLinear(layer.weight, layer.bias))
 
 
@@ -59,11 +63,13 @@ class Linear:
     bias: Tensor | None
 
     @classmethod
-    def cast(cls, layer: nn.Linear | PackedLinear, dtype: torch.dtype) -> "Linear | PackedLinear":
+    def cast(
+        cls, layer: nn.Linear | PackedLinear, *, dtype: torch.dtype, packs: bool
+    ) -> "Linear | PackedLinear":
         if isinstance(layer, PackedLinear):
             return layer
         weight, bias = layer.weight.to(dtype), None if layer.bias is None else layer.bias.to(dtype)
-        return PackedLinear(weight, bias) if can_pack(weight) else cls(weight, bias)
+        return PackedLinear(weight, bias) if packs and can_pack(weight) else cls(weight, bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
@@ -80,16 +86,20 @@ class InferenceBlock:
         block: the layer.
         condition: of sigma = 0, (1, 1, C), or None.
         dtype: of the matrix products.
+        packs: see `InferenceDIT`.
     """
 
-    def __init__(self, block: DITBlock, *, condition: Tensor | None, dtype: torch.dtype):
+    def __init__(
+        self, block: DITBlock, *, condition: Tensor | None, dtype: torch.dtype, packs: bool
+    ):
         attn, feed_forward = block.modulations(condition)
         self.dtype = dtype
         self.norm1, self.norm2 = Norm.fold(block.norm1, attn), Norm.fold(block.norm2, feed_forward)
         self.gate1, self.gate2 = _vector(attn.gate), _vector(feed_forward.gate)
-        self.attn_qkv = Linear.cast(block.attn_qkv, dtype)
-        self.attn_out = Linear.cast(block.attn_out, dtype)
-        self.up, self.down = Linear.cast(block.mlp[0], dtype), Linear.cast(block.mlp[2], dtype)
+        how = {"dtype": dtype, "packs": packs}
+        self.attn_qkv = Linear.cast(block.attn_qkv, **how)
+        self.attn_out = Linear.cast(block.attn_out, **how)
+        self.up, self.down = Linear.cast(block.mlp[0], **how), Linear.cast(block.mlp[2], **how)
 
     def qkv(self, x: Tensor) -> Tensor:
         """Queries, keys and values (B, T, 3 D) of the residual (B, T, D)."""
@@ -114,7 +124,8 @@ class InferenceDIT:
     """Called as `DIT` is, without sigma.
 
     Args:
-        network: shares its weights where they already have the right precision, else casts copies.
+        network: shares its weights where they already have the right form, else casts copies.
+        packs: keep weights packed where that pays; the compiler cannot take them.
 
     Attributes:
         network, blocks, norm_final, head: the original, and its parts in their new form.
@@ -123,17 +134,17 @@ class InferenceDIT:
     """
 
     @torch.no_grad()
-    def __init__(self, network: DIT):
+    def __init__(self, network: DIT, *, packs: bool = True):
         self.network, self.config = network, network.config
         embedding, head = network.vocab_embed.embedding, network.output_layer
         self.dtype = matmul_dtype(head.linear.weight)
         is_mixed = self.dtype != torch.float32
         with torch.autocast(embedding.device.type, dtype=self.dtype, enabled=is_mixed):
             condition = network.condition(None, indices=embedding)
-            shared = {"condition": condition, "dtype": self.dtype}
+            shared = {"condition": condition, "dtype": self.dtype, "packs": packs}
             self.blocks = [InferenceBlock(block, **shared) for block in network.blocks]
             self.norm_final = Norm.fold(head.norm_final, head.modulation(condition))
-        self.head = Linear.cast(head.linear, self.dtype)
+        self.head = Linear.cast(head.linear, dtype=self.dtype, packs=packs)
 
     @torch.no_grad()
     def __call__(

@@ -23,7 +23,7 @@ def can_pack(weight: Tensor) -> bool:
 
 
 class PackedLinear(nn.Module):
-    """Called as `nn.Linear` is, in the precision of its weight.
+    """Called as `nn.Linear` is, in the precision of its weight. `torch.compile` cannot take it.
 
     Args:
         weight: (out, in), see `can_pack`; a copy is kept.

@@ -12,7 +12,7 @@ from models.inference import InferenceDIT, cast_matrices
 from models.masks import AttentionPattern
 from models.packed_linear import PackedLinear, can_pack
 from models.static_inference import StaticInferenceDIT
-from tests.references import brute_force_mask, random_tokens, small_dit
+from tests.references import brute_force_mask, denoiser_of, random_tokens, small_dit
 
 P = AttentionPattern
 
@@ -154,6 +154,18 @@ def test_without_the_operators_of_packed_weights(monkeypatch):
     assert not isinstance(plain.head, PackedLinear)
     expected = passes(plain, pattern=P.BLOCK_CAUSAL, dtype=torch.bfloat16)
     torch.testing.assert_close(found, expected, rtol=0, atol=0.02 * expected.abs().max().item())
+
+
+def test_what_is_compiled_is_not_packed():
+    """The compiler fails on packed weights."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        denoiser = denoiser_of("subs", block_size=4)
+        assert denoiser.for_sampling().backbone.head.weight.is_mkldnn == can_pack(
+            denoiser.backbone.output_layer.linear.weight.bfloat16()
+        )
+        assert not denoiser.for_sampling(compiled=True).backbone.inner.head.weight.is_mkldnn
+        cast_matrices(denoiser.backbone, torch.bfloat16, packs=False)
+        assert not denoiser.for_sampling(compiled=True).backbone.inner.head.weight.is_mkldnn
 
 
 def ring(network, *, pattern, capacity=16, compiled_with=None):
