@@ -188,6 +188,7 @@ def draw(points: list[Point], png: Path, *, title: str) -> None:
     """Time and memory over N, L and batch, into a PNG; both axes are logarithmic."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure = Figure(figsize=(10, 6), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
@@ -206,7 +207,11 @@ def draw(points: list[Point], png: Path, *, title: str) -> None:
             panel.plot(values, measured, "o-", color=MEASURED, label="measured")
             panel.set_xscale("log", base=2)
             panel.set_yscale("log")
+            panel.set_xticks(values, [f"{value:,}" for value in values])
             panel.set_xlabel(symbol)
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 4, 6, 8)))
+            panel.yaxis.set_major_formatter("{x:g}")
+            panel.yaxis.set_minor_formatter(NullFormatter())
             panel.grid(alpha=0.3)
     axes[0][0].legend()
     png.parent.mkdir(parents=True, exist_ok=True)
