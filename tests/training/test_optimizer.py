@@ -58,24 +58,6 @@ def test_a_state_of_the_plain_form_is_taken_up_fused():
     assert_close(fused, plain)
 
 
-def test_the_state_is_there_from_the_start_as_torch_makes_it():
-    model = network()
-    made = fused_adamw(model.parameters(), **SETTINGS)
-    usual = torch.optim.AdamW(model.parameters(), fused=True, **SETTINGS)
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    usual.step()
-    for expected in usual.state.values():
-        expected["step"].zero_()  # the moments of zero gradients are zero
-    expected, actual = usual.state_dict()["state"], made.state_dict()["state"]
-    assert actual.keys() == expected.keys()
-    for index, values in expected.items():
-        assert list(actual[index]) == list(values)
-        for name, tensor in values.items():
-            torch.testing.assert_close(actual[index][name], tensor, rtol=0, atol=0)
-            assert actual[index][name].stride() == tensor.stride()
-
-
 @pytest.mark.parametrize("form", ["fused", "plain"])
 def test_state_returns_bit_for_bit(form):
     """Also in the plain form, by which a checkpoint of ours may be read elsewhere."""
