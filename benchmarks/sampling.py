@@ -27,7 +27,7 @@ from objectives import Denoiser
 from sampling.base import blank_canvas
 from sampling.decoding import Decoding
 from sampling.semi_ar import SemiAutoregressiveSampler
-from utils import give_back_freed_memory, keep_freed_memory
+from utils import keep_freed_memory, keep_freed_memory_for_sampling
 
 MODELS = {  # hidden size, conditioning, layers, heads
     "tiny": (256, 64, 8, 8),
@@ -73,7 +73,7 @@ def build(
     # gives about the entropy of a trained model, 4 nats, which the speed of the nucleus depends on.
     torch.nn.init.normal_(backbone.output_layer.linear.weight, std=4.6 / hidden_size**0.5)
     cast_matrices(backbone, dtype, packs=packs)
-    give_back_freed_memory()
+    keep_freed_memory_for_sampling()
     return Denoiser(backbone=backbone, parameterization="subs", mask_index=MASK)
 
 
