@@ -70,7 +70,8 @@ class TokenLosses:
 
         With block diffusion x_0, which no noise touches, is seen once for all of them.
         """
-        if self.pattern is not AttentionPattern.BLOCK_DIFFUSION or len(intervals) == 1:
+        sees_x_0 = self._pattern_of(x_0) is AttentionPattern.BLOCK_DIFFUSION
+        if not sees_x_0 or len(intervals) == 1:
             return {interval: self(x_0, interval=interval) for interval in intervals}
         clean, losses = self.denoiser.clean_half(x_0), {}
         for i in range(0, len(intervals), RANGES_AT_ONCE):
@@ -94,9 +95,14 @@ class TokenLosses:
             x_t=x_t,
             values=values,
             sigma_max=self.noise.sigma_max,
-            pattern=self.pattern,
+            pattern=self._pattern_of(x_0),
             clean=clean,
         )
+
+    def _pattern_of(self, x_0: Tensor) -> AttentionPattern:
+        """A row that is one block (L = N) sees nothing of x_0, which is left out of the pass."""
+        is_one_block = x_0.shape[1] == self.block_size
+        return AttentionPattern.FULL if is_one_block else self.pattern
 
     def _add_noise(
         self, x_0: Tensor, *, interval: ClipInterval, generator: torch.Generator | None = None

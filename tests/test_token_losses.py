@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from tests.references import (
     generator,
     random_tokens,
 )
+from token_losses import TokenLosses
 
 
 def noisy(t: Tensor, *, batch: int = 3, length: int = 12) -> tuple[Tensor, Tensor, NoiseValues]:
@@ -159,6 +161,32 @@ class TestTokenLosses:
         assert found.dtype == torch.float32
         expected = losses_of(denoiser, *batch, P.BLOCK_DIFFUSION)
         torch.testing.assert_close(found.mean(), expected.mean(), rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("time_conditioning", [False, True])
+@pytest.mark.parametrize("parameterization", ["subs", "sedd"])
+def test_one_block_leaves_the_clean_half_out(parameterization, time_conditioning, monkeypatch):
+    """At L = N: the loss and the gradients of [x_t ; x_0], by a pass over x_t alone."""
+    denoiser = denoiser_of(
+        parameterization, time_conditioning=time_conditioning, block_size=12, attn_backend="sdpa"
+    )
+    token_losses = TokenLosses(
+        denoiser=denoiser, noise=get_noise("loglinear"), pattern=P.BLOCK_DIFFUSION, block_size=12
+    )
+    x_0 = random_tokens(3, 12)
+    x_t, values = token_losses._add_noise(x_0, interval=FULL, generator=generator(2))
+    expected = losses_of(denoiser, x_0, x_t, values, P.BLOCK_DIFFUSION)
+    expected_gradients = gradients(denoiser, expected)
+
+    widths, embed = [], denoiser.backbone.vocab_embed.forward
+    monkeypatch.setattr(
+        denoiser.backbone.vocab_embed, "forward", lambda x: widths.append(x.shape[1]) or embed(x)
+    )
+    found = token_losses(x_0, generator=generator(2))
+    assert widths == [12] and found.abs().sum() > 0
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for a, b in zip(gradients(denoiser, found), expected_gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 class TestExactLikelihood:
