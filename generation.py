@@ -31,7 +31,7 @@ from training.manifest import config_hash
 from utils import (
     absolute_path,
     get_logger,
-    give_back_freed_memory,
+    keep_freed_memory_for_sampling,
     lightning_precision,
     process_rank,
     resolve_device,
@@ -206,7 +206,7 @@ def make_fast(model: Diffusion, config: DictConfig) -> None:
         cast_matrices(model.backbone, torch.bfloat16, packs=not config.sampling.compile)
     with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=is_bf16(config)):
         model.denoiser = model.denoiser.for_sampling(compiled=config.sampling.compile)
-    give_back_freed_memory()  # the float32 weights' share
+    keep_freed_memory_for_sampling()  # the float32 weights are gone
 
 
 def is_bf16(config: DictConfig) -> bool:

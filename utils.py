@@ -40,7 +40,7 @@ def quiet_known_noise() -> None:
 
 
 # glibc's <malloc.h>
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 
 
 def keep_freed_memory() -> None:
@@ -55,13 +55,18 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def give_back_freed_memory() -> None:
-    """Give the system what has been freed so far, as before `keep_freed_memory`.
+def keep_freed_memory_for_sampling() -> None:
+    """The same for what a sampler's pass makes, up to 32 MB; what has been freed so far goes back.
 
-    For the moment when large things are gone for good, as weights that were cast.
+    A KV cache is larger. The C library fits no aligned block into the hole that one of the same
+    size has left, so a second batch's cache would come on top of the first one's.
     """
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+    with contextlib.suppress(OSError, TypeError, AttributeError):
+        library = ctypes.CDLL(None)
+        library.mallopt(_M_MMAP_MAX, 65_536)  # glibc's own
+        library.mallopt(_M_MMAP_THRESHOLD, 2**25)  # the most it takes
+        library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        library.malloc_trim(0)
 
 
 def file_exists(path: str) -> bool:
