@@ -80,6 +80,18 @@ class RowOrder(torch.utils.data.Sampler[int]):
             self.epoch, self.first_row, self.consumed = epoch, 0, 0
 
 
+def _is_of_a_death(error: Exception) -> bool:
+    """Tell the end of a loading process from an error in one.
+
+    Torch gives the process's number once it sees it dead. Until then its sockets may be closed
+    already. Errors that were raised in a loading process begin with "Caught".
+    """
+    message = str(error)
+    return "DataLoader worker (pid" in message or (
+        isinstance(error, ConnectionError | EOFError) and not message.startswith("Caught")
+    )
+
+
 class _ResumableLoader(StatefulDataLoader):
     """Starts loading on the first batch, not before, and replaces loading processes that died.
 
@@ -87,21 +99,28 @@ class _ResumableLoader(StatefulDataLoader):
     """
 
     def __iter__(self) -> Iterator[Any]:
-        restarts, batches = 0, self._start()
+        restarts, batches, has_given = 0, None, False
+        first_state = self.next_iter_state  # torchdata's name of the state that was loaded last
         while True:
             try:
+                if batches is None:
+                    batches = self._start()
                 batch = next(batches)
             except StopIteration:
                 self._given_out(None)
                 return
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error) or restarts == _MAX_RESTARTS:
+            except (RuntimeError, ConnectionError, EOFError) as error:
+                if not _is_of_a_death(error) or restarts == _MAX_RESTARTS:
                     raise
                 restarts += 1
                 logger.warning("%s; starting others, which go on where it stopped", error)
-                self.load_state_dict(self.state_dict())
-                batches = self._start()
+                if has_given:
+                    self.load_state_dict(self.state_dict())
+                else:  # the position is still that of the end of the epoch before
+                    self._iterator, self.next_iter_state = None, first_state
+                batches = None
             else:
+                has_given = True
                 self._given_out(batch)
                 yield batch
 

@@ -3,8 +3,10 @@
 import itertools
 
 import pytest
+import torch
+from torchdata.stateful_dataloader import StatefulDataLoader
 
-from corpora.row_order import RowOrder
+from corpora.row_order import RowLoader, RowOrder, SnapshotLoader
 from dataloader import get_dataloaders, get_tokenizer
 
 
@@ -107,3 +109,56 @@ def test_position_before_batches_that_were_read_ahead(local_config):
         next(batches)
     assert train.state_dict() == {"epoch": 0, "first_row": 12}
     assert train.state_dict(unused=1) == {"epoch": 0, "first_row": 8}
+
+
+class Squares(torch.utils.data.Dataset):
+    """The squares below 10 ** 2."""
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, index: int) -> int:
+        return (index % 10) ** 2
+
+
+@pytest.mark.parametrize("batches_before", [0, 2])
+@pytest.mark.parametrize("epoch", [0, 1])
+@pytest.mark.parametrize("kind", [RowLoader, SnapshotLoader])
+def test_loading_processes_die(kind, epoch, batches_before, caplog):
+    """In an epoch and between two: every row is given out once, in the same order."""
+    order = RowOrder(10, batch_size=1, global_batch_size=1, rank=0, world_size=1, seed=1)
+    sampler = order if kind is RowLoader else range(10)
+
+    def loader(num_workers: int) -> StatefulDataLoader:
+        return kind(Squares(), batch_size=1, sampler=sampler, num_workers=num_workers,
+                    persistent_workers=num_workers > 0)  # fmt: skip
+
+    expected = [int(row) for row in loader(0)]
+    mortal = loader(2)
+    for _ in range(epoch):
+        assert [int(row) for row in mortal] == expected
+    rows = iter(mortal)
+    given = [int(next(rows)) for _ in range(batches_before)]
+    if mortal._iterator is not None:
+        for process in mortal._iterator._workers:
+            process.kill()
+            process.join()
+    given += [int(row) for row in rows]
+    assert given == expected
+    assert ("starting others" in caplog.text) == (epoch + batches_before > 0)
+    assert [int(row) for row in mortal] == expected
+    mortal.shut_down()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, ConnectionResetError])
+def test_errors_of_rows_are_no_deaths(error):
+    """They are raised at once, as without loading processes."""
+
+    class Broken(Squares):
+        def __getitem__(self, index: int) -> int:
+            raise error("no such row")
+
+    loader = SnapshotLoader(Broken(), batch_size=1, num_workers=1, persistent_workers=True)
+    with pytest.raises(error, match="no such row"):
+        next(iter(loader))
+    loader.shut_down()

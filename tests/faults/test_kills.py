@@ -82,20 +82,23 @@ def test_kill_in_a_step_and_in_a_validation(hook, tmp_path, straight, count):
 
 
 @pytest.mark.slow
-def test_a_loading_process_is_killed(tmp_path, straight, count):
-    """Others take its place and go on with the next row: the result is the same."""
+@pytest.mark.parametrize("loader", ["train_dataloader", "val_dataloaders"])
+def test_a_loading_process_is_killed(loader, tmp_path, straight, count):
+    """Others take its place and go on with the next row: the result is the same.
+
+    Those of the validation rows stay between validations, and this one dies there.
+    """
     changes = ["algo=mdlm", "loader.num_workers=2", "trainer.max_steps=12"]
     run = Run(tmp_path, *changes)
-    output = run.run(preparation="""
-import multiprocessing
+    output = run.run(preparation=f"""
 def strike(self, *args):
     if self.global_step == 3:
-        multiprocessing.active_children()[0].kill()
+        self.trainer.{loader}._iterator._workers[0].kill()
 before(Diffusion, "training_step", strike)
 """)
     assert "starting others" in output
     assert_same_training(straight(*changes), run.last())
-    count("a loading process is killed")
+    count(f"a loading process of {loader} is killed")
 
 
 @pytest.mark.slow
