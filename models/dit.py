@@ -5,6 +5,7 @@ positional): a test freezes them.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -364,7 +365,7 @@ class DIT(nn.Module):
         *,
         capacity: int,
         dtype: torch.dtype | None = None,
-        kind: type[KVCache] = KVCache,
+        kind: Callable[..., KVCache] = KVCache,
     ) -> KVCache:
         """An empty cache for this network, by default of the precision its keys have right now."""
         weight = self.output_layer.linear.weight

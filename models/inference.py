@@ -6,12 +6,14 @@ folded into the norms; the weights are in the precision of the products once and
 last attention only the tokens remain whose logits somebody asked for.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .cached_attention import MAX_NEW_TOKENS, cached_attention, can_attend_cached
 from .dit import DIT, DITBlock, LayerNorm, Modulation, attend_heads, matmul_dtype, split_heads
 from .kv_cache import KVCache
 from .masks import AttentionPattern
@@ -145,6 +147,9 @@ class InferenceDIT:
             self.blocks = [InferenceBlock(block, **shared) for block in network.blocks]
             self.norm_final = Norm.fold(head.norm_final, head.modulation(condition))
         self.head = Linear.cast(head.linear, dtype=self.dtype, packs=packs)
+        self._has_kernel = can_attend_cached(
+            head_dim=self.config.head_dim, dtype=self.dtype, device=embedding.device
+        )
 
     @torch.no_grad()
     def __call__(
@@ -198,10 +203,18 @@ class InferenceDIT:
         x = self.network.vocab_embed(indices).float()
         last = len(self.blocks) - 1
         for layer, block in enumerate(self.blocks):
-            q, k, v = split_heads(block.qkv(x), n_heads=self.config.n_heads, cos=cos, sin=sin)
-            heads = attend_heads(
-                q, k, v, config=self.config, pattern=pattern, layer=layer, kv_cache=kv_cache
-            )
+            qkv = block.qkv(x)
+            if kv_cache is not None and self._has_kernel and len(indices[0]) <= MAX_NEW_TOKENS:
+                keys, values, new = kv_cache.reserve(layer, num_new=len(indices[0]))
+                heads = cached_attention(
+                    qkv, keys=keys, values=values, new=new, cos=cos, sin=sin,
+                    pattern=pattern, block_size=self.config.block_size,
+                )  # fmt: skip
+            else:
+                q, k, v = split_heads(qkv, n_heads=self.config.n_heads, cos=cos, sin=sin)
+                heads = attend_heads(
+                    q, k, v, config=self.config, pattern=pattern, layer=layer, kv_cache=kv_cache
+                )
             if layer == last and logits_at is not None:
                 x, heads = x[logits_at], heads[logits_at]  # (n_selected, D)
             x = block.add(x, heads)
@@ -209,4 +222,5 @@ class InferenceDIT:
 
     def make_cache(self, batch_size: int, *, capacity: int) -> KVCache:
         """An empty cache for this network."""
-        return self.network.make_cache(batch_size, capacity=capacity, dtype=self.dtype)
+        kind = functools.partial(KVCache, moves=False) if self._has_kernel else KVCache
+        return self.network.make_cache(batch_size, capacity=capacity, dtype=self.dtype, kind=kind)

@@ -22,13 +22,15 @@ class KVCache:
     The buffers are a ring: once they are full, new tokens take the place of the oldest. Their order
     does not matter to attention, and the rotation that keys carry is relative.
 
-    On a CPU the tokens of all heads lie without gaps, as many as there are: oneDNN copies whatever
-    has gaps, in every product. So they move when the text has grown by a block, not in each step: a
-    layer into a spare buffer, and what it leaves is the spare one of the next.
+    With `moves` the tokens of all heads lie without gaps, as many as there are: a CPU's library of
+    matrix products, oneDNN, copies whatever has gaps, in every product. So they move when the text
+    has grown by a block, not in each step: a layer into a spare buffer, and what it leaves is the
+    spare one of the next. Without, a head's tokens stay where they are.
 
     Args:
         n_layers, batch_size, n_heads, capacity, head_dim: the buffers' sizes; capacity in tokens.
         device, dtype: of the buffers; the dtype is that of the network's keys.
+        moves: see above; None: on a CPU.
 
     Attributes:
         num_tokens: tokens committed so far, also those that have left the ring.
@@ -44,9 +46,10 @@ class KVCache:
         head_dim: int,
         device: torch.device,
         dtype: torch.dtype,
+        moves: bool | None = None,
     ):
         size = batch_size * n_heads * capacity * head_dim
-        moves = device.type == "cpu"
+        moves = device.type == "cpu" if moves is None else moves
         # Nothing reads what has not been written, so a short text touches little of it.
         self._buffer = torch.empty(n_layers + moves, 2, size, device=device, dtype=dtype)
         self._place, self._spare = list(range(n_layers)), n_layers  # where in it a layer is
@@ -68,17 +71,25 @@ class KVCache:
         Raises:
             ValueError: if the tokens do not fit into one piece of the ring.
         """
-        size, end = k.shape[2], self.num_tokens + k.shape[2]
-        slot = self._first_slot(size)
+        keys, values, new = self.reserve(layer, num_new=k.shape[2])
+        keys[:, :, new] = k
+        values[:, :, new] = v
+        return keys, values
+
+    def reserve(self, layer: int, *, num_new: int) -> tuple[Tensor, Tensor, slice]:
+        """What `append` returns, with the T = `num_new` tokens still to be written, and where.
+
+        Raises:
+            ValueError: as `append`.
+        """
+        slot, end = self._first_slot(num_new), self.num_tokens + num_new
         seen = min(end, self.capacity)
         if seen > self._room[layer]:
-            step = size if size >= _FEW_TOKENS else _ROOM
+            step = num_new if num_new >= _FEW_TOKENS else _ROOM
             self._make_room(layer, min(self.capacity, max(seen, slot + step)))
         keys, values = self._tokens(layer)
-        keys[:, :, slot : slot + size] = k
-        values[:, :, slot : slot + size] = v
         self._num_written = end
-        return keys[:, :, :seen], values[:, :, :seen]
+        return keys[:, :, :seen], values[:, :, :seen], slice(slot, slot + num_new)
 
     def commit(self, num_tokens: int) -> None:
         """Keep the first `num_tokens` of the last forward pass's tokens.
@@ -160,14 +171,13 @@ class StaticKVCache(KVCache):
     """
 
     def __init__(self, **sizes: Any):
-        super().__init__(**sizes)
-        self._room = [self.capacity] * len(self._room)
+        super().__init__(**sizes, moves=False)
         self._buffer.zero_()  # all of it takes part, and what a mask hides must be a number
 
     @property
     def buffers(self) -> Tensor:
         """Keys and values of all layers, (layers, 2, B, H, capacity, d)."""
-        return self._buffer[: len(self._room)].view(len(self._room), *self._shape)
+        return self._buffer.view(len(self._room), *self._shape)
 
     def place(
         self, num_new: int, *, pattern: AttentionPattern, block_size: int
