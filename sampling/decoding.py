@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 NUCLEUS_RULES = ("paper", "standard")
@@ -29,7 +30,7 @@ class Decoding:
     nucleus_rule: str = "paper"
 
     def probs(self, log_p: Tensor) -> Tensor:
-        """Probabilities (..., V) in float64 from log probabilities (..., V)."""
+        """Probabilities (..., V) in float64 from log probabilities (..., V), before the nucleus."""
         log_p = log_p.double()
         if self.temperature == 0:
             best = log_p.argmax(dim=-1, keepdim=True)
@@ -37,9 +38,7 @@ class Decoding:
         if self.temperature != 1:
             log_p = log_p / self.temperature
         probs = log_p.softmax(dim=-1)
-        if self.top_k is not None:
-            probs = top_k(probs, k=self.top_k)
-        return nucleus(probs, p=self.nucleus_p, keeps_crossing=self.nucleus_rule == "standard")
+        return probs if self.top_k is None else top_k(probs, k=self.top_k)
 
     def draw(self, log_p: Tensor, *, u: Tensor) -> tuple[Tensor, Tensor]:
         """One token for each row of (n, V) and uniform number of (n,).
@@ -47,9 +46,17 @@ class Decoding:
         Returns:
             Tokens (n,) int64 and the probability that each was drawn with, (n,).
         """
-        probs = self.probs(log_p)
-        tokens = categorical(probs, u=u)
-        return tokens, probs.gather(-1, tokens[..., None]).squeeze(-1)
+        probs, tokens = self.probs(log_p), None
+        if self.nucleus_p < 1 and self.temperature != 0:
+            keeps_crossing = self.nucleus_rule == "standard"
+            probs, tokens = nucleus_tokens(probs, p=self.nucleus_p, keeps_crossing=keeps_crossing)
+            # In the order of the vocabulary, so that u means the same token as among all of it.
+            tokens, by_id = tokens.sort(dim=-1, stable=True)
+            probs = probs.gather(-1, by_id)
+            probs = probs / probs.sum(dim=-1, keepdim=True)
+        drawn = categorical(probs, u=u)[:, None]
+        confidence = probs.gather(-1, drawn)
+        return (drawn if tokens is None else tokens.gather(-1, drawn))[:, 0], confidence[:, 0]
 
 
 def top_k(probs: Tensor, *, k: int) -> Tensor:
@@ -75,17 +82,38 @@ def nucleus(probs: Tensor, *, p: float, keeps_crossing: bool = False) -> Tensor:
     if p >= 1.0:
         return probs
     flat = probs.reshape(-1, probs.shape[-1])
-    kept, num = torch.zeros_like(flat), CANDIDATES
-    rows = torch.arange(len(flat), device=flat.device)  # whose nucleus is not known yet
+    weights, tokens = nucleus_tokens(flat, p=p, keeps_crossing=keeps_crossing)
+    kept = torch.zeros_like(flat).scatter_add(-1, tokens, weights)
+    return (kept / kept.sum(dim=-1, keepdim=True)).view_as(probs)
+
+
+def nucleus_tokens(probs: Tensor, *, p: float, keeps_crossing: bool) -> tuple[Tensor, Tensor]:
+    """The nucleus without the rest of the vocabulary; see `nucleus`.
+
+    Args:
+        probs: (n, V).
+        p: below 1.
+        keeps_crossing: see `nucleus`.
+
+    Returns:
+        Probabilities as they were, and ids, of K tokens of each row, (n, K). Tokens that are not
+        in the nucleus have 0; rows of a smaller nucleus end in those, of any id.
+    """
+    size, num = probs.shape[-1], CANDIDATES
+    rows = torch.arange(len(probs), device=probs.device)  # whose nucleus is not known yet
+    weights, tokens = probs.new_zeros(len(probs), 0), rows.new_zeros(len(probs), 0)
     while len(rows):
-        ordered, order = _most_probable(flat if len(rows) == len(flat) else flat[rows], num=num)
+        is_all = len(rows) == len(probs)
+        ordered, order = _most_probable(probs if is_all else probs[rows], num=num)
         cumulative = ordered.cumsum(dim=-1)
         keep = (cumulative - ordered < p) if keeps_crossing else (cumulative <= p)
         keep[:, 0] = True
-        kept[rows[:, None], order] = ordered * keep
-        ends_later = keep[:, -1] & (num < flat.shape[-1])
+        more = (0, ordered.shape[-1] - weights.shape[-1])
+        weights, tokens = F.pad(weights, more), F.pad(tokens, more)
+        weights[rows], tokens[rows] = ordered * keep, order
+        ends_later = keep[:, -1] & (num < size)
         rows, num = rows[ends_later], 4 * num
-    return (kept / kept.sum(dim=-1, keepdim=True)).view_as(probs)
+    return weights, tokens
 
 
 def _most_probable(probs: Tensor, *, num: int) -> tuple[Tensor, Tensor]:

@@ -53,6 +53,21 @@ def test_nucleus_among_candidates_equals_the_full_sort(keeps_crossing, monkeypat
     assert sizes.min() < 256 and ((sizes > 256) & (sizes < 1024)).any() and sizes.max() > 4096
 
 
+@pytest.mark.parametrize("rule", ["paper", "standard"])
+def test_draws_among_candidates_equal_those_among_all(rule):
+    """One nucleus of a few tokens, one of hundreds, one of thousands; the same u."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(3, 5_000, generator=generator, dtype=torch.float64)
+    log_p = (torch.tensor([6.0, 2.5, 0.1])[:, None] * noise).log_softmax(dim=-1)
+    log_p = log_p.repeat_interleave(200, dim=0)
+    u = torch.rand(600, generator=generator, dtype=torch.float64)
+    tokens, confidence = Decoding(nucleus_p=0.9, nucleus_rule=rule).draw(log_p, u=u)
+    kept = nucleus(log_p.exp(), p=0.9, keeps_crossing=rule == "standard")
+    expected = categorical(kept, u=u)
+    assert torch.equal(tokens, expected)
+    torch.testing.assert_close(confidence, kept.gather(-1, expected[:, None])[:, 0])
+
+
 def test_top_k_keeps_the_best():
     probs = torch.tensor([0.1, 0.5, 0.4], dtype=torch.float64)
     torch.testing.assert_close(top_k(probs, k=2), torch.tensor([0, 5 / 9, 4 / 9]).double())
