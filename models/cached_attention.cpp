@@ -3,10 +3,12 @@
 // `models/cached_attention.py` compiles this file, with -DHEAD_DIM=d, and says what it computes.
 //
 // One head of one row is one task. Its queries lie across the 16 lanes of a register, one query per
-// lane, so that a key is read once for all of them and a softmax needs no sums across lanes. Keys
-// and values are read once, in blocks that fit the first-level cache, with the running softmax of
-// Milakov and Gimelshein (arXiv 1805.02867). A product of bf16 takes pairs: in every lane
-// acc += a[0] b[0] + a[1] b[1].
+// lane, so that a key is read once for all of them and a softmax needs no sums across lanes. A
+// product of bf16 takes pairs: in every lane acc += a[0] b[0] + a[1] b[1].
+//
+// Memory is slower than the products. So keys and values are read once, in blocks that fit the
+// first-level cache, with the running softmax of Milakov and Gimelshein (arXiv 1805.02867); and
+// while one block is multiplied, a line at a time is asked for of the next.
 
 #include <immintrin.h>
 
@@ -43,6 +45,8 @@ __m512 as_floats(const bf16* x) {
 void store_rounded(bf16* to, __m512 x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x));
 }
+
+void ask_for(const bf16* x) { _mm_prefetch(reinterpret_cast<const char*>(x), _MM_HINT_T0); }
 
 __m512bh broadcast(const pair* x) { return (__m512bh)_mm512_set1_epi32(*x); }
 
@@ -86,7 +90,9 @@ struct alignas(64) Tile {
   }
 
   // Meet `size` keys. `visible` has a bit per query for each of them, or is null: all see all.
-  void meet(const bf16* keys, const bf16* values, int size, const std::uint16_t* visible, const bf16* next_keys) {
+  // `next_keys` are those that come after them.
+  void meet(const bf16* keys, const bf16* values, int size, const std::uint16_t* visible,
+            const bf16* next_keys) {
     alignas(64) float scores[BLOCK * LANES];
     alignas(64) pair weights[BLOCK / 2 * LANES];
     const __m512 before = _mm512_load_ps(highest);
@@ -99,7 +105,8 @@ struct alignas(64) Tile {
   }
 
   // Scores in units of log 2; returns each query's highest so far.
-  __m512 score(const bf16* keys, const bf16* values, int size, const std::uint16_t* visible, __m512 most, float* scores) {
+  __m512 score(const bf16* keys, const bf16* values, int size, const std::uint16_t* visible,
+               __m512 most, float* scores) {
     const __m512 scale = _mm512_set1_ps(1.44269504f / __builtin_sqrtf(D));
     for (int first = 0; first < size; first += KEYS) {
       alignas(64) bf16 last[KEYS * D];
@@ -114,7 +121,7 @@ struct alignas(64) Tile {
 #pragma GCC unroll 4
       for (int p = 0; p < PAIRS; p++) {
         const auto query = (__m512bh)_mm512_load_si512(queries[p]);
-        _mm_prefetch(values + (first * D) + p * (KEYS * D / PAIRS), _MM_HINT_T0);
+        ask_for(values + first * D + p * (KEYS * D / PAIRS));
 #pragma GCC unroll 16
         for (int k = 0; k < KEYS; k++)
           sums[k] = _mm512_dpbf16_ps(sums[k], query, broadcast(key + k * PAIRS + p));
@@ -147,7 +154,8 @@ struct alignas(64) Tile {
   }
 
   // averages = scale averages + weights values
-  void add(const bf16* values, int size, const pair* weights, __m512 scale, const bf16* next_keys) {
+  void add(const bf16* values, int size, const pair* weights, __m512 scale,
+           const bf16* next_keys) {
     alignas(64) float scales[LANES];
     _mm512_store_ps(scales, scale);
     for (int d = 0; d < D / WIDTH; d++) {
@@ -161,7 +169,10 @@ struct alignas(64) Tile {
         }
         for (int k = 0; k < size; k += 2) {
           const bf16* value = values + k * D + d * WIDTH;
-          if (first == 0) _mm_prefetch(next_keys + k * D + d * (2 * WIDTH), _MM_HINT_T0), _mm_prefetch(next_keys + k * D + d * (2 * WIDTH) + WIDTH, _MM_HINT_T0);
+          if (first == 0) {
+            ask_for(next_keys + k * D + d * WIDTH);
+            ask_for(next_keys + (k + 1) * D + d * WIDTH);
+          }
           const __m512i a = _mm512_loadu_si512(value);
           const __m512i b = k + 1 < size ? _mm512_loadu_si512(value + D) : _mm512_setzero_si512();
           const auto even = (__m512bh)_mm512_unpacklo_epi16(a, b);
@@ -198,6 +209,18 @@ struct alignas(64) Tile {
   }
 };
 
+// For each of `size` keys the queries that see it, as bits. The first key is number `first` of the
+// new ones, which may be below 0; `own` has the rows of these queries. All see what is not new.
+void see(std::uint16_t* visible, int size, const std::uint8_t* own, int num_queries,
+         int64_t num_new, int64_t first) {
+  for (int k = 0; k < size; k++) {
+    const int64_t key = first + k;
+    visible[k] = 0xffff;
+    for (int q = 0; 0 <= key && key < num_new && q < num_queries; q++)
+      if (!own[q * num_new + key]) visible[k] &= ~(1 << q);
+  }
+}
+
 }  // namespace
 
 // qkv (B, T, 3, H, d); keys, values: the first head of the buffers, in which heads are
@@ -231,20 +254,15 @@ extern "C" void cached_attention(const bf16* qkv, bf16* keys, bf16* values, bf16
       }
       for (int64_t first = 0; first < seen; first += BLOCK) {
         const int size = seen - first < BLOCK ? seen - first : BLOCK;
-        const bool is_last = first + size == seen;
+        const bf16* next = own_keys + (first + size < seen ? (first + BLOCK) * D : head_stride);
+        const bool has_new = first_new < first + size && first < first_new + num_new;
         for (int64_t i = 0; i < num_tiles; i++) {
           std::uint16_t visible[BLOCK];
-          const int64_t end = first_new + num_new;
-          const bool has_hidden = own && first_new < first + size && first < end;
-          for (int k = 0; has_hidden && k < size; k++) {
-            const int64_t key = first + k - first_new;
-            visible[k] = 0xffff;
-            if (key < 0 || key >= num_new) continue;
-            for (int q = 0; q < tiles[i].num_queries; q++)
-              if (!own[(i * LANES + q) * num_new + key]) visible[k] &= ~(1 << q);
-          }
-          const bf16* block = own_keys + first * D;
-          tiles[i].meet(block, own_values + first * D, size, has_hidden ? visible : nullptr, is_last ? own_keys + head_stride : own_keys + (first + BLOCK) * D);
+          if (own && has_new)
+            see(visible, size, own + i * LANES * num_new, tiles[i].num_queries, num_new,
+                first - first_new);
+          tiles[i].meet(own_keys + first * D, own_values + first * D, size,
+                        own && has_new ? visible : nullptr, next);
         }
       }
       for (int64_t i = 0; i < num_tiles; i++)

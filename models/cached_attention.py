@@ -10,6 +10,7 @@ import ctypes
 import functools
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -35,18 +36,15 @@ MAX_NEW_TOKENS = 127
 @functools.cache
 def kernel(head_dim: int) -> Callable[..., None] | None:
     """The kernel for heads of this size, or None where it cannot be had."""
-    if head_dim % 32:
-        return None
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        logger.info("no C++ compiler (CXX, g++, c++): sampling on the CPU is slower")
+    if head_dim % 32 or compiler is None or not SOURCE.exists():  # as in an exported model's code
         return None
     with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "cached_attention.so"
-        command = [compiler, *_FLAGS, f"-DHEAD_DIM={head_dim}", str(SOURCE), "-o", str(library)]
+        library = str(Path(folder) / "cached_attention.so")
+        command = [*shlex.split(compiler), *_FLAGS, f"-DHEAD_DIM={head_dim}", str(SOURCE)]
         try:
-            subprocess.run(command, check=True, capture_output=True, text=True)
-            function = ctypes.CDLL(str(library)).cached_attention  # stays when the file is gone
+            subprocess.run([*command, "-o", library], check=True, capture_output=True, text=True)
+            function = ctypes.CDLL(library).cached_attention  # stays when the file is gone
         except (OSError, subprocess.CalledProcessError) as error:
             reason = getattr(error, "stderr", None) or str(error)
             logger.info("no fast attention for this CPU, sampling is slower: %s", reason.strip())
