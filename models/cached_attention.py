@@ -36,8 +36,11 @@ MAX_NEW_TOKENS = 127
 @functools.cache
 def kernel(head_dim: int) -> Callable[..., None] | None:
     """The kernel for heads of this size, or None where it cannot be had."""
+    if head_dim % 32 or not SOURCE.exists():  # as in an exported model's code
+        return None
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-    if head_dim % 32 or compiler is None or not SOURCE.exists():  # as in an exported model's code
+    if compiler is None:
+        logger.info("sampling is slower without a C++ compiler: g++, c++ or what CXX names")
         return None
     with tempfile.TemporaryDirectory() as folder:
         library = str(Path(folder) / "cached_attention.so")
@@ -47,7 +50,7 @@ def kernel(head_dim: int) -> Callable[..., None] | None:
             function = ctypes.CDLL(library).cached_attention  # stays when the file is gone
         except (OSError, subprocess.CalledProcessError) as error:
             reason = getattr(error, "stderr", None) or str(error)
-            logger.info("no fast attention for this CPU, sampling is slower: %s", reason.strip())
+            logger.info("sampling is slower without a kernel for this CPU: %s", reason.strip())
             return None
     function.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 8
     function.restype = None

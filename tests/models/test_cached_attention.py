@@ -151,10 +151,11 @@ def test_other_machines_and_sizes():
     assert not can_attend_cached(head_dim=48, dtype=torch.bfloat16, device=cpu)
 
 
-@pytest.mark.parametrize("compiler", ["/no/such/compiler", "false"])
+@pytest.mark.parametrize("compiler", ["/no/such/compiler", "false", ""])
 def test_without_a_working_compiler(compiler, monkeypatch, caplog):
     """Sampling goes on, slower, and the log says why."""
     monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     with caplog.at_level("INFO", logger=module.logger.name):
         assert kernel.__wrapped__(32) is None
     assert "sampling is slower" in caplog.text
