@@ -49,10 +49,7 @@ def keep_freed_memory() -> None:
     Otherwise each tensor of a few MB is made of fresh pages, and a page fault for every 4 KB takes
     longer than most arithmetic. Does nothing where the C library is not glibc.
     """
-    with contextlib.suppress(OSError, TypeError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_MAX, 0)  # no block goes straight back when it is freed
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    _mallopt({_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1})  # no block goes straight back
 
 
 def keep_freed_memory_for_sampling() -> None:
@@ -61,12 +58,18 @@ def keep_freed_memory_for_sampling() -> None:
     A KV cache is larger. The C library fits no aligned block into the hole that one of the same
     size has left, so a second batch's cache would come on top of the first one's.
     """
+    blocks = {_M_MMAP_MAX: 65_536, _M_MMAP_THRESHOLD: 2**25}  # glibc's own, and the most it takes
+    _mallopt({**blocks, _M_TRIM_THRESHOLD: 2**31 - 1})
+    with contextlib.suppress(OSError, TypeError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _mallopt(settings: dict[int, int]) -> None:
+    """Set glibc's options; others have none of this kind."""
     with contextlib.suppress(OSError, TypeError, AttributeError):
         library = ctypes.CDLL(None)
-        library.mallopt(_M_MMAP_MAX, 65_536)  # glibc's own
-        library.mallopt(_M_MMAP_THRESHOLD, 2**25)  # the most it takes
-        library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-        library.malloc_trim(0)
+        for name, value in settings.items():
+            library.mallopt(name, value)
 
 
 def file_exists(path: str) -> bool:

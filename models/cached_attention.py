@@ -46,9 +46,11 @@ def kernel(head_dim: int) -> Callable[..., None] | None:
         library = str(Path(folder) / "cached_attention.so")
         command = [*shlex.split(compiler), *_FLAGS, f"-DHEAD_DIM={head_dim}", str(SOURCE)]
         try:
-            subprocess.run([*command, "-o", library], check=True, capture_output=True, text=True)
+            subprocess.run(
+                [*command, "-o", library], check=True, capture_output=True, text=True, timeout=60
+            )
             function = ctypes.CDLL(library).cached_attention  # stays when the file is gone
-        except (OSError, subprocess.CalledProcessError) as error:
+        except (OSError, subprocess.SubprocessError) as error:
             reason = getattr(error, "stderr", None) or str(error)
             logger.info("sampling is slower without a kernel for this CPU: %s", reason.strip())
             return None

@@ -34,11 +34,6 @@ class Slice:
     keys: tuple[tuple[int, int], ...]
     hidden: Tensor | None
 
-    @property
-    def area(self) -> int:
-        """Pairs of queries and keys that are computed."""
-        return (self.end - self.start) * sum(end - start for start, end in self.keys)
-
 
 @functools.lru_cache(maxsize=16)
 def slices_of(
