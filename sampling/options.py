@@ -57,25 +57,30 @@ class SamplingOptions:
 
     def __post_init__(self):
         """Raises ValueError: names the key, its value and what is allowed."""
+        threshold = self.confidence_threshold
         checks = (
-            ("nucleus_p", 0 < self.nucleus_p <= 1, "a number in (0, 1]"),
+            ("nucleus_p", _is_share(self.nucleus_p), "a number in (0, 1]"),
             ("nucleus_rule", self.nucleus_rule in NUCLEUS_RULES, " and ".join(NUCLEUS_RULES)),
-            ("temperature", 0 <= self.temperature < math.inf, "a number in [0, inf)"),
-            ("top_k", self.top_k is None or self.top_k >= 1, "null and an integer in [1, inf)"),
-            ("tokens_per_step", self.tokens_per_step >= 1, "an integer in [1, inf)"),
+            ("temperature", _is_size(self.temperature), "a number in [0, inf)"),
+            (
+                "top_k",
+                self.top_k is None or _is_count(self.top_k),
+                "null and an integer in [1, inf)",
+            ),
+            ("tokens_per_step", _is_count(self.tokens_per_step), "an integer in [1, inf)"),
             (
                 "confidence_threshold",
-                self.confidence_threshold is None or 0 < self.confidence_threshold <= 1,
+                threshold is None or _is_share(threshold),
                 "null and a number in (0, 1]",
             ),
             (
                 "min_entropy",
-                self.min_entropy is None or self.min_entropy >= 0,
+                self.min_entropy is None or _is_size(self.min_entropy),
                 "null and a number in [0, inf)",
             ),
             (
                 "stop_strings",
-                not isinstance(self.stop_strings, str)
+                isinstance(self.stop_strings, (list, tuple))
                 and all(isinstance(s, str) and s for s in self.stop_strings),
                 "a list of texts that are not empty",
             ),
@@ -87,14 +92,14 @@ class SamplingOptions:
 
     def _particle_checks(self) -> tuple[tuple[str, bool, str], ...]:
         particles = self.infill_particles
-        is_count = particles is None or (type(particles) is int and particles >= 1)
+        is_count = particles is None or _is_count(particles)
         return (
             ("infill_particles", is_count, "null and an integer in [1, inf)"),
             (
                 "infill_particles",
                 not self.uses_particles or self.confidence_threshold is None,
-                "with sampling.confidence_threshold null and 1: the order of the positions must "
-                "not depend on their tokens",
+                "null and 1 where sampling.confidence_threshold is a number: the order of the "
+                "positions must not depend on their tokens",
             ),
         )
 
@@ -122,6 +127,18 @@ class SamplingOptions:
         )
 
 
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
+def _is_share(value: object) -> bool:
+    return _is_size(value) and 0 < value <= 1
+
+
 def make_sampler(
     name: str,
     options: SamplingOptions,
@@ -143,8 +160,9 @@ def make_sampler(
         noise: the schedule, for the analytic sampler.
 
     Raises:
-        ValueError: if there is none of that name, or it does not work with particles.
+        ValueError: if there is none of that name, or it cannot do what is asked for.
     """
+    _check_cache_and_steps(name, options, is_block_causal=is_block_causal)
     shared = {
         "mask_index": mask_index,
         "pad_index": eos_index,
@@ -168,6 +186,23 @@ def make_sampler(
     else:
         raise ValueError(f"algo.sampler={name}: allowed are ar, semi_ar and analytic")
     return _with_particles(sampler, options) if options.uses_particles else sampler
+
+
+def _check_cache_and_steps(name: str, options: SamplingOptions, *, is_block_causal: bool) -> None:
+    """Raises ValueError: a cache whose keys would change, or a time grid without steps."""
+    is_cached = name == "ar" or (name == "semi_ar" and is_block_causal)
+    if options.kv_cache and not is_cached:
+        raise ValueError(
+            "sampling.kv_cache=True: allowed is False without causal attention, where later "
+            "tokens change keys and values"
+        )
+    is_ancestral = not options.first_hitting and options.confidence_threshold is None
+    is_on_grid = name == "analytic" or (name == "semi_ar" and is_ancestral)
+    if is_on_grid and not _is_count(options.num_steps):
+        raise ValueError(
+            f"algo.T={options.num_steps} (num_steps): allowed with algo.sampler={name} and "
+            f"sampling.first_hitting={options.first_hitting} is an integer in [1, inf)"
+        )
 
 
 def _with_particles(sampler: Sampler, options: SamplingOptions) -> ParticleSampler:

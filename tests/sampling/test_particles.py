@@ -207,7 +207,7 @@ def test_impossible_numbers_of_particles(number):
 
 
 def test_particles_need_an_order_that_is_independent_of_the_tokens():
-    with pytest.raises(ValueError, match="with sampling.confidence_threshold null"):
+    with pytest.raises(ValueError, match="null and 1 where sampling.confidence_threshold"):
         SamplingOptions(infill_particles=4, confidence_threshold=0.9)
 
 
