@@ -25,7 +25,8 @@ class SamplerOutput:
         tokens: (B, N) int64 without masks; what lies behind a row's length is padding.
         lengths: tokens of each row up to where it stopped, (B,).
         accepted: False where a row of fixed length degenerated and should be drawn again, (B,).
-        num_forward_passes: network evaluations each row took part in (nfe), (B,).
+        num_forward_passes: network evaluations each row took part in (nfe), those of attempts that
+            were rejected too, (B,).
         num_denoising_passes: those that revealed a token of the row, which is the paper's count:
             it leaves out passes that only store keys and values, (B,).
         revealed_at: the pass in which each token was revealed, from 1; 0 if it was given, (B, N).

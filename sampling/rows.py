@@ -1,5 +1,6 @@
 """Rows that do not depend on their batch: each has its own stream of random numbers."""
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -54,5 +55,8 @@ def draw_rows(
         rejected = (~output.accepted).nonzero()[:, 0].tolist()
         if not rejected:
             break
-        output = output.replace_rows(rejected, draw(rejected, attempt=attempt))
+        again = draw(rejected, attempt=attempt)
+        spent = output.num_forward_passes[rejected] + again.num_forward_passes
+        again = dataclasses.replace(again, num_forward_passes=spent)
+        output = output.replace_rows(rejected, again)
     return output
