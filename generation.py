@@ -13,6 +13,7 @@ from rich.text import Text
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from corpora.tokenization import mask_index_and_vocab_size
 from dataloader import get_tokenizer
 from diffusion import Diffusion
 from generative_perplexity import GenerativePerplexity, SampleScore, ScorerUnavailableError
@@ -56,7 +57,7 @@ def sampling_options(config: DictConfig, *, decode: Decode | None = None) -> Sam
     if sampling.infill_particles not in (None, 1) and not has_use:
         raise ValueError(
             f"sampling.infill_particles={sampling.infill_particles}: allowed without "
-            "sampling.infill and with algo.sampler=analytic is null"
+            "sampling.infill, and with algo.sampler=analytic, is null"
         )
     names = {field.name for field in dataclasses.fields(SamplingOptions)} - {"num_steps", "decode"}
     options = {name: sampling[name] for name in names}
@@ -78,6 +79,17 @@ def suit_vocabulary(options: SamplingOptions, *, vocab_size: int) -> SamplingOpt
     return dataclasses.replace(options, min_entropy=None)
 
 
+def given_texts(config: DictConfig) -> list[str]:
+    """What `sampling.prompts` or `sampling.infill` holds; nothing without either.
+
+    Raises:
+        ValueError, OSError: as `read_prompts` does.
+    """
+    if config.sampling.prompts is not None:
+        return read_prompts(config.sampling.prompts)
+    return [] if config.sampling.infill is None else read_gap_texts(config.sampling.infill)
+
+
 def canvas_rows(
     config: DictConfig, tokenizer: PreTrainedTokenizerBase, *, mask_index: int
 ) -> list[CanvasRow]:
@@ -86,22 +98,19 @@ def canvas_rows(
     Each prompt and each text with gaps is completed `sampling.num_sample_batches` times.
     """
     sampling, length = config.sampling, config.model.length
-    bos_index = tokenizer.bos_token_id
+    bos_index, limit = tokenizer.bos_token_id, sampling.max_new_tokens
     repeats = sampling.num_sample_batches
 
     def encode(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
+    shared = {"encode": encode, "bos_index": bos_index, "mask_index": mask_index, "length": length}
+    texts = given_texts(config)
     if sampling.prompts is not None:
-        limit = sampling.max_new_tokens
-        shared = {"encode": encode, "bos_index": bos_index, "length": length}
-        texts = read_prompts(sampling.prompts)
         return [prompt_row(t, max_new_tokens=limit, **shared) for t in texts] * repeats
     if sampling.infill is not None:
-        shared = {"encode": encode, "bos_index": bos_index, "length": length}
-        texts = read_gap_texts(sampling.infill)
-        return [gap_row(t, mask_index=mask_index, **shared) for t in texts] * repeats
-    end = length if sampling.max_new_tokens is None else 1 + sampling.max_new_tokens
+        return [gap_row(t, **shared) for t in texts] * repeats
+    end = length if limit is None else 1 + limit
     blank = CanvasRow(tokens=[bos_index], limit=min(end, length), source="")
     return [blank] * (repeats * config.loader.eval_batch_size)
 
@@ -134,11 +143,12 @@ def sample_eval(config: DictConfig) -> str | None:
     rank, _ = process_rank()
     tokenizer = get_tokenizer(config)
     options = sampling_options(config, decode=tokenizer.decode)
+    mask_index, vocab_size = mask_index_and_vocab_size(tokenizer)
+    rows = canvas_rows(config, tokenizer, mask_index=mask_index)  # may fail: before what takes long
+    options = suit_vocabulary(options, vocab_size=vocab_size)
     device = resolve_device(config.trainer.accelerator)
     model = load_model(config, tokenizer).to(device)
     make_fast(model, config)
-    options = suit_vocabulary(options, vocab_size=model.backbone.config.vocab_size)
-    rows = canvas_rows(config, tokenizer, mask_index=model.mask_index)
     scorer = load_scorer(config, device)
     logdir = absolute_path(config.sampling.logdir)
     records: list[SampleRecord] = []
@@ -150,12 +160,27 @@ def sample_eval(config: DictConfig) -> str | None:
         for number, record in enumerate(fresh, start=start + 1):
             Console().print(Panel(Text(record.samples), title=f"sample {number}"))
         records += fresh
+    warn_of_rejected(config, records)
     if rank == 0:
         print_table("Samples", summary(records, seconds=time.monotonic() - began))
     logger.info("Samples are in %s", logdir)
     if isinstance(scorer, OSError):
         raise scorer
     return path
+
+
+def warn_of_rejected(config: DictConfig, records: Sequence[SampleRecord]) -> None:
+    """Say how many samples still have too little entropy."""
+    number = sum(not record.extra["accepted"] for record in records)
+    if number:
+        logger.warning(
+            "%d of %d samples have less than sampling.min_entropy=%s nats in 256 tokens after "
+            "sampling.max_retries=%d further attempts; `accepted` in samples.jsonl says which",
+            number,
+            len(records),
+            config.sampling.min_entropy,
+            config.sampling.max_retries,
+        )
 
 
 def draw_batches(
@@ -270,6 +295,7 @@ def to_records(
             seed=config.seed,
             extra={
                 "row": first_row + i,
+                "new_tokens": int((output.revealed_at[i, : len(rows[i])] > 0).sum()),
                 "accepted": bool(output.accepted[i]),
                 "source": batch[i].source,
                 "checkpoint": checkpoint,
@@ -282,14 +308,15 @@ def to_records(
 
 def summary(records: Sequence[SampleRecord], *, seconds: float) -> dict[str, float | int]:
     """Means over the samples that have a value, and how fast they came."""
-    num_tokens = sum(r.gen_lengths for r in records)
-    values: dict[str, float | int] = {"samples": len(records), "tokens": num_tokens}
+    # Without BOS, prompts and what surrounds gaps, for which nobody waits.
+    num_new = sum(r.extra["new_tokens"] for r in records)
+    values: dict[str, float | int] = {"samples": len(records), "new tokens": num_new}
     # A sample without a scored token has no perplexity: `values` says None where that is NaN.
     rows = [record.values() for record in records]
     for name in ("gen_ppl", "gen_entropy", "gen_lengths", "gen_nfes", "gen_nfes_paper"):
         known = [row[name] for row in rows if row[name] is not None]
         if known:
             values[f"mean {name}"] = sum(known) / len(known)
-    values["tokens per pass"] = num_tokens / sum(r.gen_nfes for r in records)
-    values["tokens per second"] = num_tokens / seconds
+    values["new tokens per pass"] = num_new / sum(r.gen_nfes for r in records)
+    values["new tokens per second"] = num_new / seconds
     return values

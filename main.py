@@ -13,7 +13,7 @@ from configuration import ignored_key_warnings, validate
 from dataloader import get_dataloaders, get_tokenizer
 from diffusion import Diffusion
 from evaluation import ppl_eval
-from generation import sample_eval, sampling_options
+from generation import given_texts, sample_eval, sampling_options
 from pretrained import new_model
 from report import draw_training_curve
 from resolvers import register_resolvers
@@ -131,7 +131,10 @@ def run(config: DictConfig, *, launch_dir: str) -> None:
     for warning in ignored_key_warnings(config):
         logger.warning(warning)
     make_paths_absolute(config, launch_dir=launch_dir)
-    for mode in (config.mode, *config.then):
+    modes = (config.mode, *config.then)
+    if "sample_eval" in modes:
+        given_texts(config)  # likewise
+    for mode in modes:
         if mode == "train":
             with StopSignals() as signals:
                 train(config, signals=signals)

@@ -172,6 +172,8 @@ def _sampling_texts(config: DictConfig) -> Problems:
     limit = sampling["max_new_tokens"]
     if limit is not None and (type(limit) is not int or limit < 1):
         yield "sampling.max_new_tokens", "allowed are null and an integer in [1, inf)"
+    if limit is not None and sampling["infill"] is not None:
+        yield "sampling.max_new_tokens", "allowed with sampling.infill, whose gaps say it, is null"
 
 
 def _kv_cache(config: DictConfig) -> Problems:

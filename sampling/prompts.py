@@ -45,25 +45,27 @@ def read_prompts(path: str) -> list[str]:
 
 def read_gap_texts(path: str) -> list[str]:
     """The texts with gaps of a JSON Lines file; errors as in `read_prompts`."""
-    texts = _read(path, key="text", is_json=True)
-    for number, text in enumerate(texts, start=1):
-        if not GAP.search(text):
-            raise ValueError(f"{path}: text {number} has no gap; write [MASK] or [MASK:n] in it")
-    return texts
+    return _read(path, key="text", is_json=True, has_gaps=True)
 
 
-def _read(path: str, *, key: str, is_json: bool) -> list[str]:
+def _read(path: str, *, key: str, is_json: bool, has_gaps: bool = False) -> list[str]:
     try:
         with fsspec.open(path, "r", encoding="utf-8") as file:
             lines = file.read().splitlines()
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: there is no such file of {key}s") from error
+    except OSError as error:
+        raise OSError(f"{path}: cannot be read as a file of {key}s ({error})") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 ({error})") from error
     texts = []
     for number, line in enumerate(lines, start=1):
-        if line.strip():
-            texts.append(_json_field(line, key=key, where=f"{path}:{number}") if is_json else line)
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        texts.append(_json_field(line, key=key, where=where) if is_json else line)
+        if has_gaps and not GAP.search(texts[-1]):
+            raise ValueError(f"{where}: no gap in this text; write [MASK] or [MASK:n] in it")
     if not texts:
         raise ValueError(f"{path}: the file is empty")
     return texts
@@ -79,20 +81,38 @@ def _json_field(line: str, *, key: str, where: str) -> str:
     return record[key]
 
 
+def _given(text: str, *, encode: Encode, mask_index: int, key: str) -> list[int]:
+    """Tokens of a text that holds no gap; a mask among them would be written over."""
+    tokens = encode(text)
+    if mask_index in tokens:
+        raise ValueError(
+            f"{key}: {text[:60]!r} holds the tokenizer's own mask; a gap is [MASK] or [MASK:n], "
+            "in sampling.infill"
+        )
+    return tokens
+
+
 def prompt_row(
-    text: str, *, encode: Encode, bos_index: int, length: int, max_new_tokens: int | None
+    text: str,
+    *,
+    encode: Encode,
+    bos_index: int,
+    mask_index: int,
+    length: int,
+    max_new_tokens: int | None,
 ) -> CanvasRow:
     """BOS, the prompt, and room for new tokens up to `length` or `max_new_tokens`.
 
     Raises:
-        ValueError: the prompt leaves no room, or holds a gap marker.
+        ValueError: the prompt leaves no room, or holds a gap marker or the tokenizer's mask.
     """
     if GAP.search(text):
         raise ValueError(
             f"sampling.prompts: {text[:60]!r} holds the marker of a gap; texts with gaps belong "
             "in sampling.infill"
         )
-    tokens = [bos_index, *encode(text)]
+    given = _given(text, encode=encode, mask_index=mask_index, key="sampling.prompts")
+    tokens = [bos_index, *given]
     if len(tokens) >= length:
         raise ValueError(
             f"sampling.prompts: {text[:60]!r} has {len(tokens)} tokens with BOS, allowed are fewer "
@@ -108,14 +128,15 @@ def gap_row(
     """BOS and the text, masks in its gaps; it ends where the text ends.
 
     Raises:
-        ValueError: the text does not fit.
+        ValueError: the text does not fit, or holds the tokenizer's mask where it has no gap.
     """
+    shared = {"encode": encode, "mask_index": mask_index, "key": "sampling.infill"}
     tokens, position = [bos_index], 0
     for gap in GAP.finditer(text):
-        tokens += encode(text[position : gap.start()])
+        tokens += _given(text[position : gap.start()], **shared)
         tokens += [mask_index] * int(gap.group(1) or 1)
         position = gap.end()
-    tokens += encode(text[position:])
+    tokens += _given(text[position:], **shared)
     if len(tokens) > length:
         raise ValueError(
             f"sampling.infill: {text[:60]!r} has {len(tokens)} tokens with BOS, allowed are up to "

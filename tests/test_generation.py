@@ -74,6 +74,7 @@ def test_prompts_of_different_lengths_are_gone_on_from(small_run, tmp_path):
     )
     assert [r.samples.startswith(f"[BOS]{r.extra['source']}") for r in records] == [True, True]
     assert [r.gen_lengths for r in records] == [1 + 7 + 5, 1 + 16 + 5]
+    assert [r.extra["new_tokens"] for r in records] == [5, 5]
     assert [r.gen_nfes_paper for r in records] == [5, 5]
 
 
@@ -132,13 +133,75 @@ def test_the_entropy_rule_is_off_for_small_vocabularies(caplog):
 
 
 @pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("x" * 40, "has 41 tokens with BOS, allowed are fewer than model.length=32"),
+        ("", "prompts.txt: the file is empty"),
+        ("a [MASK] b", "belong in sampling.infill"),
+    ],
+)
+def test_prompts_are_checked_before_the_model_is_loaded(
+    content, message, compose, tmp_path, monkeypatch
+):
+    def fail(*args, **kwargs):
+        raise AssertionError("loaded before the check")
+
+    monkeypatch.setattr(generation, "load_model", fail)
+    monkeypatch.setattr(generation, "load_scorer", fail)
+    (tmp_path / "prompts.txt").write_text(content)
+    settings = ("mode=sample_eval", f"sampling.prompts={tmp_path}/prompts.txt")
+    with pytest.raises(ValueError, match=message):
+        sample_eval(compose(overrides(tmp_path, *settings)))
+
+
+def test_a_run_that_is_stopped_keeps_the_rows_already_written(small_run, tmp_path, monkeypatch):
+    """Whole batches in both files, as if it had been asked for no more."""
+    sizes = ("loader.eval_batch_size=2", NO_SCORER)
+    small_run(*sizes, "sampling.num_sample_batches=2", f"sampling.logdir={tmp_path}/all")
+    whole = read_samples(tmp_path / "all" / "samples.jsonl")
+    draw = generation.draw
+
+    def stopped(*args, first_row, **kwargs):
+        if first_row == 4:
+            raise KeyboardInterrupt
+        return draw(*args, first_row=first_row, **kwargs)
+
+    monkeypatch.setattr(generation, "draw", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        small_run(*sizes, "sampling.num_sample_batches=3", f"sampling.trace={tmp_path}/page.html")
+    for name in ("samples.csv", "samples.jsonl"):
+        records = read_samples(tmp_path / "log" / name)
+        assert [r.samples for r in records] == [r.samples for r in whole]
+    assert '"sample 4"' in (tmp_path / "page.html").read_text()
+
+
+def test_rejected_samples_are_counted(small_run, monkeypatch, caplog):
+    """Nothing told a user that what was printed had been rejected to the last."""
+    monkeypatch.setattr(generation, "suit_vocabulary", lambda options, **_: options)
+    records = small_run(
+        "model.length=256", "loader.eval_batch_size=2", "sampling.tokens_per_step=4", NO_SCORER,
+        "sampling.min_entropy=9", "sampling.max_retries=1",
+    )  # fmt: skip
+    assert [r.extra["accepted"] for r in records] == [False, False]
+    assert "2 of 2 samples have less than sampling.min_entropy=9 nats" in caplog.text
+    assert [(r.gen_nfes, r.gen_nfes_paper) for r in records] == [(128, 64)] * 2
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ("sampling.confidence_threshold=0", "sampling.confidence_threshold=0: allowed is null"),
         ("sampling.nucleus_rule=none", "sampling.nucleus_rule=none: allowed is paper and standard"),
+        ("sampling.confidence_threshold=1.5", "sampling.confidence_threshold=1.5: allowed is"),
+        ("sampling.confidence_threshold=high", "sampling.confidence_threshold=high: allowed is"),
         ("sampling.tokens_per_step=0", "sampling.tokens_per_step=0: allowed is an integer"),
+        ("sampling.tokens_per_step=1.5", "sampling.tokens_per_step=1.5: allowed is an integer"),
         ("sampling.temperature=-1", "sampling.temperature=-1: allowed is a number"),
+        ("sampling.temperature=hot", "sampling.temperature=hot: allowed is a number"),
         ("sampling.top_k=0", "sampling.top_k=0: allowed is null and an integer"),
+        ("sampling.top_k=some", "sampling.top_k=some: allowed is null and an integer"),
+        ("sampling.min_entropy=true", "sampling.min_entropy=True: allowed is null and a number"),
+        ("sampling.stop_strings=null", "sampling.stop_strings=None: allowed is a list of texts"),
         ("sampling.stop_strings=end", "sampling.stop_strings=end: allowed is a list of texts"),
         ("sampling.stop_strings=['']", "allowed is a list of texts that are not empty"),
         ("sampling.infill_particles=4", "sampling.infill_particles=4: allowed without"),
@@ -182,11 +245,12 @@ def test_trace_replays_every_sample(small_run, tmp_path):
 
 def test_a_sample_that_cannot_be_scored_does_not_spoil_the_mean():
     """The mean is over samples of e^nll, as published, not e to the mean nll."""
-    shared = {"samples": "a", "gen_nfes": 3, "gen_lengths": 4, "seed": 1}
+    extra = {"new_tokens": 3}
+    shared = {"samples": "a", "gen_nfes": 2, "gen_lengths": 4, "seed": 1, "extra": extra}
     records = [SampleRecord(gen_ppl=ppl, **shared) for ppl in (10.0, float("nan"), 30.0)]
     found = summary(records, seconds=2.0)
-    assert found["mean gen_ppl"] == 20.0 and found["tokens per second"] == 6.0
-    assert found["tokens per pass"] == 12 / 9
+    assert found["mean gen_ppl"] == 20.0 and found["new tokens per second"] == 9 / 2.0
+    assert found["new tokens per pass"] == 9 / 6
 
 
 @pytest.mark.slow

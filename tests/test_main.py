@@ -71,6 +71,18 @@ def test_nothing_loads_before_the_configuration_is_checked(
         main.run(compose(overrides(tmp_path, override)), launch_dir=str(tmp_path))
 
 
+@pytest.mark.parametrize("key", ["prompts", "infill"])
+def test_broken_texts_are_found_before_a_training(key, compose, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise AssertionError("trained before the check")
+
+    monkeypatch.setattr(main, "train", fail)
+    (tmp_path / "texts.jsonl").write_text("{broken\n")
+    config = compose(overrides(tmp_path, "then=[sample_eval]", f"sampling.{key}=texts.jsonl"))
+    with pytest.raises(ValueError, match="texts.jsonl:1: not JSON"):
+        main.run(config, launch_dir=str(tmp_path))
+
+
 def test_modes_run_in_order(compose, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(main, "train", lambda config, signals: seen.append("train"))

@@ -109,6 +109,10 @@ REFUSED = [
         "sampling.max_new_tokens=0: allowed are null and an integer in [1, inf)",
     ),
     (
+        ["sampling.infill=b.jsonl", "sampling.max_new_tokens=3"],
+        "sampling.max_new_tokens=3: allowed with sampling.infill",
+    ),
+    (
         ["mode=ppl_eval", "trainer.limit_val_batches=0"],
         "trainer.limit_val_batches=0: allowed with mode=ppl_eval are positive numbers",
     ),

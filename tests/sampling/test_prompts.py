@@ -8,8 +8,12 @@ import torch
 
 from sampling.prompts import gap_row, prompt_row, read_gap_texts, read_prompts, stack
 
-BOS, MASK = 0, 99
-SHARED = {"encode": lambda text: [ord(c) for c in text], "bos_index": BOS}
+BOS, MASK = 0, 255
+SHARED = {
+    "encode": lambda text: [MASK if c == "?" else ord(c) for c in text],  # ? is its own mask
+    "bos_index": BOS,
+    "mask_index": MASK,
+}
 
 
 def test_prompts_of_a_text_file(tmp_path):
@@ -47,12 +51,14 @@ def test_not_utf8_and_missing(tmp_path):
         read_prompts(str(path))
     with pytest.raises(FileNotFoundError):
         read_prompts(str(tmp_path / "none.txt"))
+    with pytest.raises(OSError, match="cannot be read as a file of prompts .*directory"):
+        read_prompts(str(tmp_path))
 
 
 def test_a_text_without_a_gap_is_an_error(tmp_path):
     path = tmp_path / "gaps.jsonl"
-    path.write_text('{"text": "a [MASK] b"}\n{"text": "none"}\n')
-    with pytest.raises(ValueError, match="gaps.jsonl: text 2 has no gap"):
+    path.write_text('{"text": "a [MASK] b"}\n\n{"text": "none"}\n')
+    with pytest.raises(ValueError, match="gaps.jsonl:3: no gap in this text; write \\[MASK"):
         read_gap_texts(str(path))
 
 
@@ -74,17 +80,26 @@ def test_a_marker_in_a_prompt_is_an_error():
         prompt_row("a [MASK:3]", length=50, max_new_tokens=None, **SHARED)
 
 
+def test_the_tokenizers_own_mask_is_an_error():
+    """It would become a token to write: in a prompt, and as one more gap."""
+    with pytest.raises(ValueError, match="prompts: 'a\\?b' holds the tokenizer's own mask"):
+        prompt_row("a?b", length=50, max_new_tokens=None, **SHARED)
+    for text in ("a?[MASK]b", "a[MASK]b?"):
+        with pytest.raises(ValueError, match="sampling.infill: .*\\?.* the tokenizer's own mask"):
+            gap_row(text, length=50, **SHARED)
+
+
 def test_gap_row():
-    row = gap_row("a[MASK]b[MASK:3]", mask_index=MASK, length=10, **SHARED)
+    row = gap_row("a[MASK]b[MASK:3]", length=10, **SHARED)
     assert row.tokens == [BOS, 97, MASK, 98, MASK, MASK, MASK] and row.limit == 7
     with pytest.raises(ValueError, match="has 7 tokens with BOS, allowed are up to"):
-        gap_row("a[MASK]b[MASK:3]", mask_index=MASK, length=6, **SHARED)
+        gap_row("a[MASK]b[MASK:3]", length=6, **SHARED)
 
 
 def test_rows_of_different_lengths_make_whole_blocks():
     rows = [
         prompt_row("abc", length=10, max_new_tokens=2, **SHARED),
-        gap_row("[MASK]z", mask_index=MASK, length=10, **SHARED),
+        gap_row("[MASK]z", length=10, **SHARED),
     ]
     canvas, limits = stack(rows, block_size=4, mask_index=MASK, device=torch.device("cpu"))
     assert limits.tolist() == [6, 3]
