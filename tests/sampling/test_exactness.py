@@ -258,6 +258,17 @@ def test_first_hitting_takes_one_pass_per_token(block_size, use_cache):
     assert output.num_forward_passes.tolist() == [63] * 3
 
 
+@pytest.mark.parametrize("use_cache", [False, True], ids=["plain", "cached"])
+def test_ar_takes_one_pass_per_token(use_cache):
+    certain = Certain(network(64, "ar", vocab_size=8))
+    canvas = torch.full((3, 64), 7)
+    canvas[:, 0] = BOS
+    sampler = AutoregressiveSampler(mask_index=7, pad_index=BOS, use_cache=use_cache)
+    output = sampler.sample(certain, canvas)
+    assert torch.equal(output.tokens, (torch.arange(64) % 7).expand(3, 64))
+    assert certain.num_passes == 63 and output.num_forward_passes.tolist() == [63] * 3
+
+
 def test_a_long_text_in_bounded_memory():
     """8,192 tokens: the cache keeps 1,024, and no pass attends to more."""
     certain = Certain(network(64, vocab_size=8))
