@@ -32,15 +32,32 @@ def by_pieces(
         (BLOCK_CAUSAL, 4, [8, 4, 4]),  # a prompt of two blocks
         (BLOCK_CAUSAL, 4, [4, 12]),  # several blocks at once behind the cache need a mask
         (BLOCK_CAUSAL, 16, [16]),
+        (BLOCK_CAUSAL, 16, [16] * 64),  # the whole context window
+        (CAUSAL, 16, [1000, *[1] * 24]),
     ],
 )
 @torch.no_grad()
 def test_cached_equals_uncached(pattern, block_size, pieces):
     """The original's cache crashed with its own network, and for AR attended to zero rows."""
     network = small_dit(block_size=block_size, adaln=pattern is BLOCK_CAUSAL)
-    tokens = random_tokens(3, 16)
+    tokens = random_tokens(3, sum(pieces))
     expected = network(tokens, pattern=pattern)
     found = by_pieces(network, tokens, pattern=pattern, pieces=pieces)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "backend", ["auto", "flash_attn", pytest.param("flex", marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("pattern", [BLOCK_CAUSAL, CAUSAL])
+@torch.no_grad()
+def test_every_backend(pattern, backend):
+    """A prompt of two blocks, then a block at a time."""
+    torch._dynamo.reset()  # the compiler gives up on a function after eight shapes
+    tokens = random_tokens(2, 16)
+    expected = small_dit()(tokens, pattern=pattern)
+    network = small_dit(attn_backend=backend)
+    found = by_pieces(network, tokens, pattern=pattern, pieces=[8, 4, 4])
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
