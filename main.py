@@ -1,6 +1,7 @@
 """Train, evaluate or sample: `python main.py mode=train|ppl_eval|sample_eval [key=value ...]`."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -158,6 +159,9 @@ def main(config: DictConfig) -> None:
     except Interrupted as stop:
         logger.warning("%s; the same command goes on from here", stop)
         sys.exit(stop.exit_code)
+    except KeyboardInterrupt:
+        logger.warning("Stopped by Ctrl-C; what is written stays")
+        sys.exit(128 + signal.SIGINT)
     finally:
         leave_process_group()
 

@@ -165,3 +165,16 @@ def test_an_error_is_one_line_and_status_1(project, tmp_path):
     assert "Traceback" not in said and len(said.splitlines()) == 1
     assert {p.name for p in (tmp_path / "run").iterdir()} <= {".hydra", "main.log"}
     assert {p.name for p in tmp_path.iterdir()} == {"run"}
+
+
+def test_ctrl_c_outside_of_a_training_is_one_line(compose, tmp_path, monkeypatch, caplog):
+    """Sampling and evaluation ended in a page of traceback."""
+
+    def stopped(config, *, launch_dir):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main, "run", stopped)
+    monkeypatch.setattr(main.hydra.utils, "get_original_cwd", lambda: str(tmp_path))
+    with pytest.raises(SystemExit) as caught:
+        main.main.__wrapped__(compose(overrides(tmp_path)))
+    assert caught.value.code == 130 and "what is written stays" in caplog.text
