@@ -114,14 +114,17 @@ def test_samples_are_written_although_the_scorer_is_missing(small_run, tmp_path)
     assert len(records) == 2 and all(r.gen_ppl is None for r in records)
 
 
-def test_samples_are_scored(small_run, shared, tmp_path):
+def test_samples_are_scored(small_run, shared, tmp_path, monkeypatch):
+    """By a model that is loaded once."""
     scorer = tmp_path / "scorer"
     shutil.copytree(shared / "data" / "tokenizers" / "gpt2", scorer)
     shutil.copytree(shared / "golden" / "tiny-gpt2", scorer, dirs_exist_ok=True)
-    records = small_run(
-        f"eval.gen_ppl_eval_model_name_or_path={scorer}", "loader.eval_batch_size=3"
-    )
-    assert len(records) == 3 and all(r.gen_ppl > 1 and r.gen_entropy > 0 for r in records)
+    loaded, load = [], generation.load_scorer
+    monkeypatch.setattr(generation, "load_scorer", lambda *a: loaded.append(load(*a)) or loaded[-1])
+    name = f"eval.gen_ppl_eval_model_name_or_path={scorer}"
+    records = small_run(name, "loader.eval_batch_size=3", "sampling.num_sample_batches=2")
+    assert len(loaded) == 1
+    assert len(records) == 6 and all(r.gen_ppl > 1 and r.gen_entropy > 0 for r in records)
 
 
 def test_the_entropy_rule_is_off_for_small_vocabularies(caplog):

@@ -164,6 +164,7 @@ def test_the_ring_keeps_the_last_window(monkeypatch):
     assert (output.tokens != MASK).all()
     assert max(keys for _, _, keys in seen) == 16
     assert all(keys == min(tokens + new, 16) for tokens, new, keys in seen)
+    assert {new for _, new, _ in seen} == {4, 8}, "a block, or with the one that is stored with it"
     # Inside the window no pass only stores; beyond it, one for each of the 12 blocks does.
     storing = output.num_forward_passes - output.num_denoising_passes
     assert storing.tolist() == [12, 12] and output.num_denoising_passes.tolist() == [63, 63]
