@@ -14,6 +14,7 @@ from generation import canvas_rows, sample_eval, sampling_options, suit_vocabula
 from generative_perplexity import ScorerUnavailableError
 from sample_log import SampleRecord, read_samples
 from sampling.options import SamplingOptions
+from sampling.stopping import ENTROPY_WINDOW
 from tests.small_run import overrides
 from training.weights import Weights
 
@@ -125,6 +126,18 @@ def test_samples_are_scored(small_run, shared, tmp_path, monkeypatch):
     records = small_run(name, "loader.eval_batch_size=3", "sampling.num_sample_batches=2")
     assert len(loaded) == 1
     assert len(records) == 6 and all(r.gen_ppl > 1 and r.gen_entropy > 0 for r in records)
+
+
+def test_defaults_are_the_papers_procedure(compose):
+    """Every control is off, from the command line as from Python."""
+    options = sampling_options(compose(["mode=sample_eval"]))
+    assert options == SamplingOptions()
+    assert options.first_hitting and options.tokens_per_step == 1 and options.temperature == 1
+    assert (options.nucleus_p, options.nucleus_rule) == (1.0, "paper")
+    assert (options.min_entropy, ENTROPY_WINDOW) == (4.0, 256)
+    controls = ("top_k", "confidence_threshold", "infill_particles", "stop_strings", "decode",
+                "kv_cache", "var_length", "stop_on_eos")  # fmt: skip
+    assert not any(getattr(options, name) for name in controls)
 
 
 def test_the_entropy_rule_is_off_for_small_vocabularies(caplog):
