@@ -15,7 +15,7 @@ from tests.sampling.test_cache import BOS, MASK, V, generators, network
 from tests.sampling.test_stopping import plain_entropy
 
 LENGTH, BLOCK = 16, 4
-# The algorithm, what is asked of its sampler, and how many positions the network has.
+# The algorithm, and what is asked of its sampler.
 CASES = {
     "first_hitting": ("bd3lm", {}),
     "first_hitting_cached": ("bd3lm", {"kv_cache": True}),
