@@ -88,14 +88,14 @@ def test_a_batch_equals_its_rows_alone(case):
 
 
 class OnlyText:
-    """Knows one text, 0 1 2 .. 6 0 1 ..: a token is its distance from the first one it sees."""
+    """Knows one text, 0 1 2 .. 5 0 1 ..: a token is its distance from the first one it sees."""
 
     def __init__(self, algo: str):
         self.algo = algo
 
     def __call__(self, x, sigma=None, *, pattern, kv_cache=None, at=None):
         shift = 1 if pattern is AttentionPattern.CAUSAL else 0
-        tokens = (x[:, :1] + torch.arange(x.shape[1]) + shift) % 7
+        tokens = (x[:, :1] + torch.arange(x.shape[1]) + shift) % 6
         shape = (*x.shape, V)
         if self.algo == "sedd":
             # p_t(y) / p_t(x) of a masked token is q(y) / (e^sigma - 1), and 1 for what is there.
@@ -113,9 +113,9 @@ def test_the_only_possible_text(case):
     """MDLM and AR write beyond what they see at once, too."""
     sampler = make(case, kv_cache=False, window=8)
     rows = canvas(5)
-    rows[1::2, 10] = 10 % 7
+    rows[1::2, 10] = 10 % 6
     output = sampler.sample(OnlyText(CASES[case][0]), rows, generator=generators(range(5)))
-    assert torch.equal(output.tokens, (torch.arange(LENGTH) % 7).expand(5, LENGTH))
+    assert torch.equal(output.tokens, (torch.arange(LENGTH) % 6).expand(5, LENGTH))
 
 
 # --- stop rules ----------------------------------------------------------------------------------
