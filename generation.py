@@ -1,12 +1,11 @@
 """Samples of a trained model (`mode=sample_eval`): draw, score, print and write them."""
 
-import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
@@ -21,13 +20,13 @@ from metrics import token_entropy
 from models.inference import cast_matrices
 from pretrained import load_model
 from report import print_table
-from sample_log import SampleRecord, append_samples
+from sample_log import SampleRecord, append_samples, make_logdir
 from sampling.base import SamplerOutput
 from sampling.live import SamplingDisplay
-from sampling.options import SMALL_VOCABULARY, SamplingOptions
-from sampling.prompts import CanvasRow, gap_row, prompt_row, read_gap_texts, read_prompts, stack
-from sampling.stopping import Decode
+from sampling.options import SamplingOptions
+from sampling.prompts import CanvasRow, stack
 from sampling.trace import Trace
+from sampling_requests import canvas_rows, sampling_options, suit_vocabulary
 from training.manifest import config_hash
 from utils import (
     absolute_path,
@@ -40,79 +39,6 @@ from utils import (
 )
 
 logger = get_logger(__name__)
-
-
-def sampling_options(config: DictConfig, *, decode: Decode | None = None) -> SamplingOptions:
-    """The keys under `sampling` and `algo.T` as the samplers take them.
-
-    Args:
-        config: the composed configuration.
-        decode: the text of a list of tokens, for `sampling.stop_strings`.
-
-    Raises:
-        ValueError: names the key, its value and what is allowed.
-    """
-    sampling = config.sampling
-    has_use = sampling.infill is not None and config.algo.sampler != "analytic"
-    if sampling.infill_particles not in (None, 1) and not has_use:
-        raise ValueError(
-            f"sampling.infill_particles={sampling.infill_particles}: allowed without "
-            "sampling.infill, and with algo.sampler=analytic, is null"
-        )
-    names = {field.name for field in dataclasses.fields(SamplingOptions)} - {"num_steps", "decode"}
-    options = {name: sampling[name] for name in names}
-    if OmegaConf.is_list(sampling.stop_strings):
-        options["stop_strings"] = tuple(sampling.stop_strings)
-    return SamplingOptions(**options, num_steps=config.algo.T, decode=decode)
-
-
-def suit_vocabulary(options: SamplingOptions, *, vocab_size: int) -> SamplingOptions:
-    """The options without the entropy rule where the vocabulary is too small for it."""
-    if options.min_entropy is None or vocab_size >= SMALL_VOCABULARY:
-        return options
-    logger.warning(
-        "sampling.min_entropy=%s is off: it is made for large vocabularies, and ordinary text of "
-        "%d symbols may have less entropy; sampling.min_entropy=null says so without a warning",
-        options.min_entropy,
-        vocab_size,
-    )
-    return dataclasses.replace(options, min_entropy=None)
-
-
-def given_texts(config: DictConfig) -> list[str]:
-    """What `sampling.prompts` or `sampling.infill` holds; nothing without either.
-
-    Raises:
-        ValueError, OSError: as `read_prompts` does.
-    """
-    if config.sampling.prompts is not None:
-        return read_prompts(config.sampling.prompts)
-    return [] if config.sampling.infill is None else read_gap_texts(config.sampling.infill)
-
-
-def canvas_rows(
-    config: DictConfig, tokenizer: PreTrainedTokenizerBase, *, mask_index: int
-) -> list[CanvasRow]:
-    """The rows to sample: blank ones, or those of `sampling.prompts` or `sampling.infill`.
-
-    Each prompt and each text with gaps is completed `sampling.num_sample_batches` times.
-    """
-    sampling, length = config.sampling, config.model.length
-    bos_index, limit = tokenizer.bos_token_id, sampling.max_new_tokens
-    repeats = sampling.num_sample_batches
-
-    def encode(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    shared = {"encode": encode, "bos_index": bos_index, "mask_index": mask_index, "length": length}
-    texts = given_texts(config)
-    if sampling.prompts is not None:
-        return [prompt_row(t, max_new_tokens=limit, **shared) for t in texts] * repeats
-    if sampling.infill is not None:
-        return [gap_row(t, **shared) for t in texts] * repeats
-    end = length if limit is None else 1 + limit
-    blank = CanvasRow(tokens=[bos_index], limit=min(end, length), source="")
-    return [blank] * (repeats * config.loader.eval_batch_size)
 
 
 def load_scorer(config: DictConfig, device: torch.device) -> GenerativePerplexity | OSError | None:
@@ -144,13 +70,15 @@ def sample_eval(config: DictConfig) -> str | None:
     tokenizer = get_tokenizer(config)
     options = sampling_options(config, decode=tokenizer.decode)
     mask_index, vocab_size = mask_index_and_vocab_size(tokenizer)
-    rows = canvas_rows(config, tokenizer, mask_index=mask_index)  # may fail: before what takes long
+    # What may fail for a typing error comes before what takes long.
+    rows = canvas_rows(config, tokenizer, mask_index=mask_index)
     options = suit_vocabulary(options, vocab_size=vocab_size)
+    logdir = absolute_path(config.sampling.logdir)
+    make_logdir(logdir)
     device = resolve_device(config.trainer.accelerator)
     model = load_model(config, tokenizer).to(device)
     make_fast(model, config)
     scorer = load_scorer(config, device)
-    logdir = absolute_path(config.sampling.logdir)
     records: list[SampleRecord] = []
     path = None
     began = time.monotonic()

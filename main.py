@@ -14,10 +14,11 @@ from configuration import ignored_key_warnings, validate
 from dataloader import get_dataloaders, get_tokenizer
 from diffusion import Diffusion
 from evaluation import ppl_eval
-from generation import given_texts, sample_eval, sampling_options
+from generation import sample_eval
 from pretrained import new_model
 from report import draw_training_curve
 from resolvers import register_resolvers
+from sampling_requests import given_texts, sampling_options
 from training.loading import load_weights
 from training.parallel import leave_process_group
 from training.resume import newest_whole_checkpoint

@@ -59,6 +59,7 @@ def draw_training_curve(metrics_csv: Path, png: Path, *, title: str) -> None:
 def print_table(title: str, values: Mapping[str, object]) -> None:
     """Print names and values as a two-column table."""
     table = Table(title=title, title_justify="left", show_header=False)
+    forms = {float: ",.4f", int: ",d"}
     for name, value in values.items():
-        table.add_row(name, f"{value:,.4f}" if isinstance(value, float) else str(value))
+        table.add_row(name, format(value, forms.get(type(value), "")))
     Console().print(table)

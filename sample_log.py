@@ -54,6 +54,18 @@ class SampleRecord:
         return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in cells.items()}
 
 
+def make_logdir(logdir: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """Makes the directory if need be; returns its file system and its path there.
+
+    Raises:
+        OSError: it cannot be made, or is a file.
+    """
+    fs, root = fsspec.core.url_to_fs(logdir)
+    with _naming(logdir):
+        fs.makedirs(root, exist_ok=True)
+    return fs, root
+
+
 def append_samples(logdir: str, records: Sequence[SampleRecord]) -> str:
     """Adds one row per record to `samples.csv` and one line to `samples.jsonl` in `logdir`.
 
@@ -73,9 +85,7 @@ def append_samples(logdir: str, records: Sequence[SampleRecord]) -> str:
         ValueError: the CSV file has other columns, or `extra` names one of ours.
     """
     lines = "".join(_json_line(record) for record in records)
-    fs, root = fsspec.core.url_to_fs(logdir)
-    with _naming(logdir):
-        fs.makedirs(root, exist_ok=True)
+    fs, root = make_logdir(logdir)
     if isinstance(fs, LocalFileSystem):
         csv_path, jsonl_path = (
             os.path.join(root, "samples.csv"),

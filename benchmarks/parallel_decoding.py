@@ -26,18 +26,11 @@ from benchmarks.steps import compose
 from configuration import validate
 from dataloader import get_tokenizer
 from diffusion import Diffusion
-from generation import (
-    canvas_rows,
-    draw_batches,
-    load_scorer,
-    make_fast,
-    sampling_options,
-    suit_vocabulary,
-    to_records,
-)
+from generation import draw_batches, load_scorer, make_fast, to_records
 from generative_perplexity import GenerativePerplexity
 from pretrained import load_model
 from sampling.options import SamplingOptions
+from sampling_requests import canvas_rows, sampling_options, suit_vocabulary
 from utils import keep_freed_memory, resolve_device
 
 TOKENS_PER_STEP = (1, 2, 4, 8, 16)

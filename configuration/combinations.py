@@ -156,6 +156,19 @@ def _sampling_steps(config: DictConfig) -> Problems:
         )
 
 
+def _tokens_per_step(config: DictConfig) -> Problems:
+    """Only first-hitting asks how many tokens a pass reveals."""
+    sampler, sampling = config["algo"]["sampler"], config["sampling"]
+    threshold = sampling["confidence_threshold"]
+    is_asked = sampler == "semi_ar" and sampling["first_hitting"] and threshold is None
+    if "sample_eval" in _modes(config) and sampling["tokens_per_step"] != 1 and not is_asked:
+        yield (
+            "sampling.tokens_per_step",
+            f"allowed with algo.sampler={sampler}, sampling.first_hitting="
+            f"{sampling['first_hitting']} and sampling.confidence_threshold={threshold} is 1",
+        )
+
+
 def _sampling_without_time(config: DictConfig) -> Problems:
     """The semi-autoregressive samplers keep no time that they could tell the network."""
     algo = config["algo"]
@@ -249,6 +262,7 @@ RULES: tuple[Rule, ...] = (
     _clip_search_widths,
     _flex_needs_gpu_to_train,
     _sampling_steps,
+    _tokens_per_step,
     _sampling_without_time,
     _sampling_texts,
     _kv_cache,

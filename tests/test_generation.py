@@ -10,11 +10,12 @@ import generation
 import pretrained
 from corpora.tokenization import load_tokenizer
 from diffusion import Diffusion
-from generation import canvas_rows, sample_eval, sampling_options, suit_vocabulary, summary
+from generation import sample_eval, summary
 from generative_perplexity import ScorerUnavailableError
 from sample_log import SampleRecord, read_samples
 from sampling.options import SamplingOptions
 from sampling.stopping import ENTROPY_WINDOW
+from sampling_requests import canvas_rows, sampling_options, suit_vocabulary
 from tests.small_run import overrides
 from training.weights import Weights
 
@@ -167,6 +168,16 @@ def test_prompts_are_checked_before_the_model_is_loaded(
     (tmp_path / "prompts.txt").write_text(content)
     settings = ("mode=sample_eval", f"sampling.prompts={tmp_path}/prompts.txt")
     with pytest.raises(ValueError, match=message):
+        sample_eval(compose(overrides(tmp_path, *settings)))
+
+
+def test_a_file_in_place_of_the_log_is_found_before_the_model_is_loaded(
+    compose, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(generation, "load_model", None)
+    (tmp_path / "log").write_text("")
+    settings = ("mode=sample_eval", f"sampling.logdir={tmp_path}/log")
+    with pytest.raises(OSError, match="log: cannot be written"):
         sample_eval(compose(overrides(tmp_path, *settings)))
 
 

@@ -16,6 +16,7 @@ LEVELS = {
     "models.hf": 4,
     "dataloader": 3,
     "sampling": 3,
+    "sampling_requests": 4,
     "clipped_schedule": 3,
     "configuration": 3,
     "token_losses": 3,

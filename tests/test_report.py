@@ -32,6 +32,6 @@ def test_any_log_gives_a_picture(text, tmp_path):
 
 
 def test_table(capsys):
-    print_table("Likelihood", {"val/nll": 1.23456, "num_rows": 12, "checkpoint": "x.ckpt"})
+    print_table("Likelihood", {"val/nll": 1.23456, "rows": 1200, "file": "x.ckpt", "best": None})
     said = capsys.readouterr().out
-    assert "Likelihood" in said and "1.2346" in said and "12" in said and "x.ckpt" in said
+    assert "Likelihood" in said and "1.2346" in said and "1,200" in said and "x.ckpt" in said and "None" in said

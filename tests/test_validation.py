@@ -158,6 +158,14 @@ REFUSED = [
     ),
     (["mode=sample_eval", "algo=sedd"], "algo.T=0: allowed with algo.sampler=analytic"),
     (
+        ["mode=sample_eval", "algo=ar", "sampling.tokens_per_step=2"],
+        "sampling.tokens_per_step=2: allowed with algo.sampler=ar,",
+    ),
+    (
+        ["mode=sample_eval", "sampling.tokens_per_step=2", "sampling.confidence_threshold=0.9"],
+        "sampling.tokens_per_step=2: allowed with algo.sampler=semi_ar",
+    ),
+    (
         ["algo=mdlm", "sampling.kv_cache=true"],
         "sampling.kv_cache=True: allowed with algo.name=mdlm",
     ),
