@@ -82,8 +82,10 @@ def test_kill_in_a_step_and_in_a_validation(hook, tmp_path, straight, count):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loader", ["train_dataloader", "val_dataloaders"])
-def test_a_loading_process_is_killed(loader, tmp_path, straight, count):
+@pytest.mark.parametrize(
+    ("rows", "loader"), [("training", "train_dataloader"), ("validation", "val_dataloaders")]
+)
+def test_a_loading_process_is_killed(rows, loader, tmp_path, straight, count):
     """Others take its place and go on with the next row: the result is the same.
 
     Those of the validation rows stay between validations, and this one dies there.
@@ -98,7 +100,7 @@ before(Diffusion, "training_step", strike)
 """)
     assert "starting others" in output
     assert_same_training(straight(*changes), run.last())
-    count(f"a loading process of {loader} is killed")
+    count(f"a loading process of the {rows} rows is killed")
 
 
 @pytest.mark.slow
