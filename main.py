@@ -135,7 +135,7 @@ def run(config: DictConfig, *, launch_dir: str) -> None:
     make_paths_absolute(config, launch_dir=launch_dir)
     modes = (config.mode, *config.then)
     if "sample_eval" in modes:
-        given_texts(config)  # likewise
+        given_texts(config)  # likewise: a broken line in them is found before a training
     for mode in modes:
         if mode == "train":
             with StopSignals() as signals:
