@@ -16,14 +16,13 @@ from omegaconf import DictConfig
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
 
+from configuration.data_request import check_different_files, request_of
 from corpora import row_cache, sources, tokenization
 from corpora.packing import DOCUMENTS_PER_BATCH, RowMaker, Rows, map_in_order
 from corpora.registry import DatasetSpec, get_spec
 from corpora.row_datasets import PackedRows, StreamedRows, share
-from corpora.row_order import RowLoader, RowOrder, SnapshotLoader
+from corpora.row_order import RowLoader, RowOrder, SnapshotLoader, ignore_stop_signals
 from corpora.sources import Request
-from data_requests import check_different_files, request_of
-from training.signals import ignore_stop_signals
 from utils import absolute_path
 
 logger = logging.getLogger(__name__)

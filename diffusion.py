@@ -10,28 +10,29 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from clipped_schedule import (
+from corpora.tokenization import mask_index_and_vocab_size
+from evaluation.metrics import NLL as NLLMetric
+from evaluation.metrics import likelihood_metrics
+from losses.clipped_schedule import (
     MAX_BATCHES,
     ClippedScheduleSearch,
     candidate_intervals,
     logged_name,
 )
-from corpora.tokenization import mask_index_and_vocab_size
-from forward_process import FULL, NLL, ClipInterval
-from metrics import NLL as NLLMetric
-from metrics import likelihood_metrics
+from losses.forward_process import FULL, NLL, ClipInterval
+from losses.objectives import masked_mean
+from losses.token_losses import TokenLosses
+from models.denoiser import Denoiser
 from models.dit import DIT, DITConfig
 from models.masks import AttentionPattern
 from models.sharding import shard
 from noise_schedule import get_noise
-from objectives import Denoiser, masked_mean
 from sampling.base import SamplerOutput, blank_canvas
 from sampling.options import SamplingOptions, make_sampler
 from sampling.rows import draw_rows
-from seeds import TRAIN_STREAM, VALIDATION_STREAM, derive_seed
-from token_losses import TokenLosses
 from training.acceleration import checkpoint_layers, compile_layers, is_compiled
 from training.optimizer import fused_adamw
+from utils import TRAIN_STREAM, VALIDATION_STREAM, derive_seed
 
 
 class Diffusion(L.LightningModule):

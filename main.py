@@ -9,23 +9,24 @@ import hydra
 import lightning as L
 from omegaconf import DictConfig, OmegaConf
 
-from batch_size import find_batch_size
+from checkpointing.loading import load_weights
+from checkpointing.weights import read_weights
 from configuration import ignored_key_warnings, validate
+from configuration.resolvers import register_resolvers
+from configuration.sampling_request import given_texts, sampling_options
 from dataloader import get_dataloaders, get_tokenizer
 from diffusion import Diffusion
-from evaluation import ppl_eval
-from generation import sample_eval
-from pretrained import new_model
-from report import draw_training_curve
-from resolvers import register_resolvers
-from sampling_requests import given_texts, sampling_options
-from training.loading import load_weights
+from evaluation.report import draw_training_curve
+from modes.batch_size import find_batch_size
+from modes.ppl_eval import ppl_eval
+from modes.sample_eval import sample_eval
+from modes.starting_weights import new_model
 from training.parallel import leave_process_group
+from training.progress import quiet_known_noise
 from training.resume import newest_whole_checkpoint
 from training.signals import Interrupted, StopSignals
 from training.trainer import build_trainer
-from training.weights import read_weights
-from utils import absolute_path, file_exists, get_logger, keep_freed_memory, quiet_known_noise
+from utils import absolute_path, file_exists, get_logger, keep_freed_memory
 
 logger = get_logger(__name__)
 register_resolvers()

@@ -22,15 +22,15 @@ from huggingface_hub.utils import validate_repo_id
 from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedTokenizerBase
 
+from checkpointing.description import completed
+from checkpointing.loading import load_weights
+from checkpointing.weights import Weights, read_weights
 from corpora.registry import DATASETS
 from corpora.tokenization import load_tokenizer, mask_index_and_vocab_size
 from dataloader import get_tokenizer
-from models.hf import BD3LM, BD3LMConfig
-from models.hf.model_card import model_card, read_results
-from models.hf.modeling_bd3lm import AUTO_MAP
-from training.description import completed
-from training.loading import load_weights
-from training.weights import Weights, read_weights
+from hf import BD3LM, BD3LMConfig
+from hf.model_card import model_card, read_results
+from hf.modeling_bd3lm import AUTO_MAP
 
 # What a network cannot be built without.
 NEEDED = ("algo", "vocab_size", "model_length", "hidden_dim", "n_blocks", "n_heads")
@@ -175,7 +175,7 @@ def model_config(weights: Weights, tokenizer: PreTrainedTokenizerBase) -> BD3LMC
     if missing:
         raise ValueError(
             f"{weights.source} does not say {', '.join(missing)} of its model; `python -m "
-            f"training.convert {weights.source} DIRECTORY "
+            f"checkpointing.convert {weights.source} DIRECTORY "
             + " ".join(f"--set {name}=..." for name in missing)
             + "` makes a directory that does"
         )

@@ -1,22 +1,18 @@
-"""Small things that several modules need: logging, files, the cosine schedule, precision."""
+"""Small things that every room may need: logging, files, seeds, ranks and devices, memory."""
 
 import contextlib
 import ctypes
 import logging
-import math
 import os
-import warnings
 
 import fsspec
+import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_only
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 
 class _RankZeroFilter(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
-        return rank_zero_only.rank == 0
+        return process_rank()[0] == 0
 
 
 def get_logger(name: str) -> logging.Logger:
@@ -25,18 +21,6 @@ def get_logger(name: str) -> logging.Logger:
     if not any(isinstance(f, _RankZeroFilter) for f in logger.filters):
         logger.addFilter(_RankZeroFilter())
     return logger
-
-
-def quiet_known_noise() -> None:
-    """Silence what Lightning and its libraries say in every run and nobody can act on."""
-    for message in (
-        "`isinstance\\(treespec",
-        ".*set_vital.* is deprecated",
-        "The '.*_dataloader' does not have many workers",
-    ):
-        warnings.filterwarnings("ignore", message=message)
-    advertisement = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    advertisement.addFilter(lambda record: "litlogger" not in record.getMessage())
 
 
 # glibc's <malloc.h>
@@ -112,11 +96,20 @@ def write_text(path: str, text: str) -> None:
 
 
 def process_rank() -> tuple[int, int]:
-    """This process's rank and the number of processes, as torchrun, Lightning or srun say."""
-    for rank, world_size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
+    """This process's rank and the number of processes.
+
+    As the process group says; before there is one as torchrun, srun or Lightning's launcher do.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    for rank, world_size in (
+        ("RANK", "WORLD_SIZE"),
+        ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+        ("LOCAL_RANK", "WORLD_SIZE"),
+    ):
         if rank in os.environ and world_size in os.environ:
             return int(os.environ[rank]), int(os.environ[world_size])
-    return rank_zero_only.rank, int(os.environ.get("WORLD_SIZE", 1))
+    return 0, 1
 
 
 def resolve_device(accelerator: str) -> torch.device:
@@ -127,39 +120,10 @@ def resolve_device(accelerator: str) -> torch.device:
     return torch.device("cuda", local_rank % torch.cuda.device_count())
 
 
-def lightning_precision(precision: str | int) -> str:
-    """Lightning's name of a precision; the original's configs say `bf16` for mixed bf16."""
-    names = {"bf16": "bf16-mixed", "16": "16-mixed", "32": "32-true", "64": "64-true"}
-    return names.get(str(precision), str(precision))
+# Random numbers of different purposes come from different streams of one seed.
+TRAIN_STREAM, VALIDATION_STREAM, SAMPLE_STREAM = 0, 1, 2
 
 
-def cosine_decay_with_warmup(
-    optimizer: Optimizer,
-    *,
-    t_initial: int,
-    warmup_t: int,
-    warmup_lr_init: float,
-    lr_min: float,
-    warmup_prefix: bool = True,
-) -> LambdaLR:
-    """Linear warm-up from warmup_lr_init, then half a cosine down to lr_min, which stays.
-
-    Args:
-        optimizer: its learning rates are the peak.
-        t_initial: length of the cosine in steps.
-        warmup_t: length of the warm-up in steps.
-        warmup_lr_init: learning rate at step 0.
-        lr_min: learning rate after the cosine.
-        warmup_prefix: the cosine starts after the warm-up; otherwise it counts from step 0.
-    """
-
-    def schedule(peak: float):
-        def factor(step: int) -> float:
-            if step < warmup_t:
-                return (warmup_lr_init + (peak - warmup_lr_init) * step / warmup_t) / peak
-            done = min((step - warmup_t * warmup_prefix) / t_initial, 1.0)
-            return (lr_min + (peak - lr_min) * 0.5 * (1 + math.cos(math.pi * done))) / peak
-
-        return factor
-
-    return LambdaLR(optimizer, [schedule(group["lr"]) for group in optimizer.param_groups])
+def derive_seed(*parts: int) -> int:
+    """An independent 63-bit seed for each tuple of integers, such as (seed, rank, step)."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)

@@ -13,7 +13,7 @@ import argparse
 from collections.abc import Sequence
 
 from benchmarks.comparison import add_options, compare, read_options
-from clipped_schedule import MAX_BATCHES
+from losses.clipped_schedule import MAX_BATCHES
 
 
 def options(words: Sequence[str] | None = None) -> argparse.Namespace:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
-from forward_process import ClipInterval
+from losses.forward_process import ClipInterval
 from models.dit import DITConfig
 
 

@@ -24,13 +24,13 @@ from transformers import PreTrainedTokenizerBase
 from benchmarks.machine import description
 from benchmarks.steps import compose
 from configuration import validate
+from configuration.sampling_request import canvas_rows, sampling_options, suit_vocabulary
 from dataloader import get_tokenizer
 from diffusion import Diffusion
-from generation import draw_batches, load_scorer, make_fast, to_records
-from generative_perplexity import GenerativePerplexity
-from pretrained import load_model
+from evaluation.generative_perplexity import GenerativePerplexity
+from modes.sample_eval import draw_batches, load_scorer, make_fast, to_records
+from modes.starting_weights import load_model
 from sampling.options import SamplingOptions
-from sampling_requests import canvas_rows, sampling_options, suit_vocabulary
 from utils import keep_freed_memory, resolve_device
 
 TOKENS_PER_STEP = (1, 2, 4, 8, 16)

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from diffusion import Diffusion
-from forward_process import ClipInterval, noise_values, q_xt, sample_t
+from losses.forward_process import ClipInterval, noise_values, q_xt, sample_t
 from models.dit import DITConfig, SigmaEmbedder
 from models.masks import AttentionPattern
 from noise_schedule import NoiseValues

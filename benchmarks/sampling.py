@@ -19,11 +19,11 @@ from rich.table import Table
 from torch import nn
 
 from benchmarks.machine import description, peak_memory_mb, start_memory_measurement
+from models.denoiser import Denoiser
 from models.dit import DIT, DITConfig
 from models.inference import cast_matrices
+from models.kernels.packed_linear import PackedLinear
 from models.masks import AttentionPattern
-from models.packed_linear import PackedLinear
-from objectives import Denoiser
 from sampling.base import blank_canvas
 from sampling.decoding import Decoding
 from sampling.semi_ar import SemiAutoregressiveSampler

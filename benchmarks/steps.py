@@ -12,11 +12,11 @@ from torch import Tensor
 
 from benchmarks.flops import forward_flops
 from benchmarks.reference import Reference, ReferenceAverage, reference_optimizer
+from configuration.resolvers import register_resolvers
 from diffusion import Diffusion
-from forward_process import ClipInterval
+from losses.forward_process import ClipInterval
+from losses.objectives import masked_mean
 from models.ema import ExponentialMovingAverage
-from objectives import masked_mean
-from resolvers import register_resolvers
 from training.acceleration import checkpoint_layers, compile_layers, is_compiled
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

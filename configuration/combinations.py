@@ -7,9 +7,9 @@ A rule yields the keys that are wrong and what is allowed instead. It reads what
 import torch
 from omegaconf import DictConfig, ListConfig
 
+from configuration.resolvers import div_up, world_size
 from configuration.single_keys import Problems, Rule, is_number, lies_in, value_of
-from forward_process import ClipInterval
-from resolvers import div_up, world_size
+from losses.forward_process import ClipInterval
 
 # algo.name -> (algo.parameterization, algo.sampler)
 _ALGOS = {

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, ListConfig
 
-from resolvers import devices_per_node
+from configuration.resolvers import devices_per_node
 
 Problems = Iterator[tuple[str, str]]
 Rule = Callable[[DictConfig], Problems]

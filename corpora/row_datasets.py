@@ -11,7 +11,7 @@ import torch
 
 from corpora.packing import DOCUMENTS_PER_BATCH, RowMaker
 from corpora.row_cache import CachedRows
-from seeds import derive_seed
+from utils import derive_seed
 
 # A set that lies in memory or on disk is streamed in this many pieces, to be shared out.
 _NUM_SHARDS = 64

@@ -6,6 +6,8 @@ takes its slice. The position is therefore one number, the same for all processe
 """
 
 import logging
+import multiprocessing
+import os
 import signal
 import threading
 from collections import deque
@@ -20,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 # A loading process that dies, of too little memory say, is replaced so often in an epoch.
 _MAX_RESTARTS = 3
+# How long a loading process outlives SIGTERM, in seconds: its trainer finishes a step meanwhile.
+_WORKER_GRACE = 120
 
 
 class RowOrder(torch.utils.data.Sampler[int]):
@@ -204,3 +208,15 @@ class SnapshotLoader(_ResumableLoader):
     def _given_out(self, batch: Any) -> None:
         if batch is not None:
             self._states.append(super().state_dict())
+
+
+def ignore_stop_signals(worker_id: int) -> None:
+    """A loading process's part (`worker_init_fn`): it serves until its trainer dismisses it.
+
+    Slurm signals every process of a job, and so does Ctrl-C; the step could not be finished.
+    """
+    if os.getppid() != multiprocessing.parent_process().pid:
+        os._exit(1)  # the trainer was killed just now; torch's watch over it begins too late
+    for signum in (signal.SIGUSR1, signal.SIGINT):
+        signal.signal(signum, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda signum, frame: signal.alarm(_WORKER_GRACE))

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
+from models.kernels.sliced_attention import sliced_attention
+
 from .masks import AttentionPattern, dense_mask, flex_block_mask, is_unrestricted
-from .sliced_attention import sliced_attention
 
 # `flash_attn` is what the original's configs say. It names no library here: like `auto`, it asks
 # for the best backend that this device and pattern have.

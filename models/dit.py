@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.kernels.chunked_head import TargetScores, target_scores
+from models.kernels.gelu_linear import gelu_linear
+
 from .attention import attend
-from .chunked_head import TargetScores, target_scores
-from .gelu_linear import gelu_linear
 from .kv_cache import CleanHalf, KVCache
 from .masks import AttentionPattern
 from .rotary import Rotary, rotate

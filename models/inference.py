@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cached_attention import MAX_NEW_TOKENS, cached_attention, can_attend_cached
+from models.kernels.cached_attention import MAX_NEW_TOKENS, cached_attention, can_attend_cached
+from models.kernels.packed_linear import PackedLinear, can_pack
+
 from .dit import DIT, DITBlock, LayerNorm, Modulation, attend_heads, matmul_dtype, split_heads
 from .kv_cache import KVCache
 from .masks import AttentionPattern
-from .packed_linear import PackedLinear, can_pack
 
 
 def cast_matrices(network: nn.Module, dtype: torch.dtype, *, packs: bool = True) -> None:

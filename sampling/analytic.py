@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.denoiser import Denoiser
 from models.masks import AttentionPattern
 from noise_schedule import Noise
-from objectives import Denoiser
 
 from .base import Generators, Progress, SamplerOutput, uniform
 from .decoding import Decoding

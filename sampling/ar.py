@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from models.denoiser import Denoiser
 from models.kv_cache import KVCache
 from models.masks import AttentionPattern
-from objectives import Denoiser
 
 from .base import Generators, Progress, SamplerOutput, uniform
 from .decoding import Decoding

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from objectives import Denoiser
+from models.denoiser import Denoiser
 
 # One generator for the batch, or one for each row: then a row does not depend on its neighbours.
 Generators = torch.Generator | Sequence[torch.Generator] | None

@@ -20,8 +20,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from models.denoiser import Denoiser
 from models.kv_cache import KVCache
-from objectives import Denoiser
 
 from .ar import AutoregressiveSampler
 from .base import Generators, Progress, SamplerOutput, uniform

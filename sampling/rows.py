@@ -6,8 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from objectives import Denoiser
-from seeds import SAMPLE_STREAM, derive_seed
+from models.denoiser import Denoiser
+from utils import SAMPLE_STREAM, derive_seed
 
 from .base import Sampler, SamplerOutput
 

@@ -26,8 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ssd_model import PUBLISHED, TOKENIZER, SSDModel, load_model, load_tokenizer
 from ssd_sampling import RowDraws, SSDSettings, sample_text
 
-from seeds import derive_seed
-from utils import write_text
+from utils import derive_seed, write_text
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 

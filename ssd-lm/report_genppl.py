@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from generate_text import POSITIVE, find_device
 
-from generative_perplexity import GenerativePerplexity, ScorerUnavailableError
+from evaluation.generative_perplexity import GenerativePerplexity, ScorerUnavailableError
 from utils import write_text
 
 COLUMNS = {

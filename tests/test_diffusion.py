@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 
-from clipped_schedule import MAX_BATCHES
 from diffusion import TRAIN_STREAM, VALIDATION_STREAM, Diffusion
-from forward_process import FULL, NLL, ClipInterval
-from tests.small_module import batches, module
-from tests.small_run import ALGOS
+from losses.clipped_schedule import MAX_BATCHES
+from losses.forward_process import FULL, NLL, ClipInterval
+from tests.helpers.small_module import batches, module
+from tests.helpers.small_run import ALGOS
 
 BD3LM = ALGOS["bd3lm"]
 

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 import main
-from tests.small_run import overrides, write_text
-from utils import lightning_precision
+from configuration.training_request import lightning_precision
+from tests.helpers.small_run import overrides, write_text
 
 
 def test_relative_paths_are_seen_from_the_launch_directory(compose, tmp_path):

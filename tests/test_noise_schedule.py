@@ -1,11 +1,11 @@
-"""The schedules against calculus (their golden values are in test_parity.py)."""
+"""The schedules against calculus (their golden values are in tests/parity)."""
 
 import math
 
 import pytest
 import torch
 
-from forward_process import FULL, NLL, ClipInterval, noise_values
+from losses.forward_process import FULL, NLL, ClipInterval, noise_values
 from noise_schedule import EPS, SCHEDULES, get_noise
 
 NAMES = ["loglinear", "square", "square_root", "log", "cosine"]

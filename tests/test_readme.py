@@ -17,7 +17,7 @@ import configuration
 from models.masks import AttentionPattern, may_attend
 from noise_schedule import SCHEDULES
 from scripts.draw_attention_mask import BLOCK_SIZE, LENGTH, PARTS, PICTURE, draw
-from tests.conftest import PROJECT
+from tests.helpers.places import PROJECT
 
 README = (PROJECT / "README.md").read_text()
 CODE = re.findall(r"^```\w*\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)

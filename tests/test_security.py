@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-import resolvers
-from tests.conftest import PROJECT
+from configuration import resolvers
+from tests.helpers.places import PROJECT
 
 SOURCES = sorted(
     path

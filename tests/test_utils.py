@@ -8,15 +8,8 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 from lightning.pytorch.utilities import rank_zero_only
 
-from seeds import derive_seed
-from utils import (
-    absolute_path,
-    cosine_decay_with_warmup,
-    file_exists,
-    get_logger,
-    resolve_device,
-    write_text,
-)
+from training.optimizer import cosine_decay_with_warmup
+from utils import absolute_path, derive_seed, file_exists, get_logger, resolve_device, write_text
 
 
 def learning_rates(steps: int, **settings) -> list[float]:

@@ -3,37 +3,10 @@
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
 from models.ema import ExponentialMovingAverage
 from training.resume import validation_is_due
-
-
-class ProgressBar(RichProgressBar):
-    """Lightning's, with the step of the whole run instead of an end of epochs that has none.
-
-    The loss is shown every `trainer.log_every_n_steps` steps, when it is read anyway: to read it is
-    to wait for the GPU.
-    """
-
-    def __init__(self, *args: Any, **options: Any):
-        super().__init__(*args, **options)
-        self._loss: dict[str, float] = {}
-
-    def _get_train_description(self, current_epoch: int) -> str:
-        return f"Epoch {current_epoch}"
-
-    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        if trainer.global_step % trainer.log_every_n_steps == 0:
-            self._loss = {"loss": float(trainer.callback_metrics["trainer/loss"])}
-        super().on_train_batch_end(trainer, *args)
-
-    def get_metrics(
-        self, trainer: L.Trainer, pl_module: L.LightningModule
-    ) -> dict[str, int | str | float | dict[str, float]]:
-        metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)  # the logger's number of the run
-        return {"step": f"{trainer.global_step}/{trainer.max_steps}"} | metrics | self._loss
 
 
 class EMACallback(L.Callback):

@@ -1,10 +1,12 @@
-"""The optimizer of a training: AdamW as one kernel over all weights."""
+"""AdamW as one kernel over all weights, and a learning rate that torch has not."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 
 def fused_adamw(
@@ -33,3 +35,35 @@ def _keep_fused(_optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
     # The groups of a checkpoint replace the optimizer's, and say how the run before it computed.
     groups = [group | {"fused": True, "foreach": None} for group in state["param_groups"]]
     return state | {"param_groups": groups}
+
+
+def cosine_decay_with_warmup(
+    optimizer: Optimizer,
+    *,
+    t_initial: int,
+    warmup_t: int,
+    warmup_lr_init: float,
+    lr_min: float,
+    warmup_prefix: bool = True,
+) -> LambdaLR:
+    """Linear warm-up from warmup_lr_init, then half a cosine down to lr_min, which stays.
+
+    Args:
+        optimizer: its learning rates are the peak.
+        t_initial: length of the cosine in steps.
+        warmup_t: length of the warm-up in steps.
+        warmup_lr_init: learning rate at step 0.
+        lr_min: learning rate after the cosine.
+        warmup_prefix: the cosine starts after the warm-up; otherwise it counts from step 0.
+    """
+
+    def schedule(peak: float):
+        def factor(step: int) -> float:
+            if step < warmup_t:
+                return (warmup_lr_init + (peak - warmup_lr_init) * step / warmup_t) / peak
+            done = min((step - warmup_t * warmup_prefix) / t_initial, 1.0)
+            return (lr_min + (peak - lr_min) * 0.5 * (1 + math.cos(math.pi * done))) / peak
+
+        return factor
+
+    return LambdaLR(optimizer, [schedule(group["lr"]) for group in optimizer.param_groups])

@@ -4,7 +4,6 @@ Slurm announces the end of a job's time with SIGUSR1 (`#SBATCH --signal=SIGUSR1@
 preempted or cancelled job with SIGTERM; a terminal sends SIGINT for Ctrl-C.
 """
 
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -22,8 +21,6 @@ from utils import get_logger
 logger = get_logger(__name__)
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
-# How long a loading process outlives SIGTERM, in seconds: its trainer finishes a step meanwhile.
-_WORKER_GRACE = 120
 
 
 class Interrupted(BaseException):
@@ -180,18 +177,6 @@ class StopOnSignal(Checkpoint):
 
     def _stop(self) -> None:
         raise Interrupted(self.signals.received)
-
-
-def ignore_stop_signals(worker_id: int) -> None:
-    """A loading process's part (`worker_init_fn`): it serves until its trainer dismisses it.
-
-    Slurm signals every process of a job, and so does Ctrl-C; the step could not be finished.
-    """
-    if os.getppid() != multiprocessing.parent_process().pid:
-        os._exit(1)  # the trainer was killed just now; torch's watch over it begins too late
-    for signum in STOP_SIGNALS:
-        signal.signal(signum, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda signum, frame: signal.alarm(_WORKER_GRACE))
 
 
 def _requeue(signum: int) -> None:

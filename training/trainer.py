@@ -8,16 +8,17 @@ import lightning as L
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
-from resolvers import world_size
-from training.callbacks import EMACallback, LastCheckpoint, ProgressBar
-from training.checkpoint_io import AtomicCheckpointIO
+from checkpointing.checkpoint_io import AtomicCheckpointIO
+from configuration.resolvers import world_size
+from configuration.training_request import lightning_precision
+from training.callbacks import EMACallback, LastCheckpoint
 from training.loggers import build_loggers
 from training.manifest import RunManifest
 from training.nan_guard import NanGuard
+from training.progress import ProgressBar
 from training.resume import ResumeState
 from training.signals import StopOnSignal, StopSignals
 from training.throughput import Throughput
-from utils import lightning_precision
 
 
 def bare_trainer(config: DictConfig, **settings: Any) -> L.Trainer:

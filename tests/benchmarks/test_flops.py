@@ -3,10 +3,10 @@
 import pytest
 
 from benchmarks.flops import forward_flops
-from forward_process import FULL, NLL
+from losses.forward_process import FULL, NLL
 from models.dit import DITConfig
 from models.masks import AttentionPattern
-from tests.references import sees
+from tests.helpers.references import sees
 
 N, D, V, LAYERS = 12, 8, 40, 3
 

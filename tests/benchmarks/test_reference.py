@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from benchmarks.reference import Reference, ReferenceAverage, dense_block_diffusion_mask
-from forward_process import FULL, NLL, ClipInterval
+from losses.forward_process import FULL, NLL, ClipInterval
+from losses.objectives import masked_mean
 from models.ema import ExponentialMovingAverage
 from models.masks import AttentionPattern
-from objectives import masked_mean
-from tests.references import brute_force_mask, random_tokens
-from tests.small_module import module
+from tests.helpers.references import brute_force_mask, random_tokens
+from tests.helpers.small_module import module
 
 CASES = {
     "ar": (["algo=ar"], FULL),

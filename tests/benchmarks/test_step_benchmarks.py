@@ -13,8 +13,8 @@ from benchmarks import comparison, eval, measure, scaling, train_step
 from benchmarks.comparison import jobs_of
 from benchmarks.measure import JobFailed, Result
 from benchmarks.steps import Job, evaluated_ranges, make_config, make_model, make_step
-from forward_process import FULL
-from tests.conftest import PROJECT
+from losses.forward_process import FULL
+from tests.helpers.places import PROJECT
 
 TINY = (
     "model.hidden_size=32", "model.n_heads=2", "model.n_blocks=2", "model.cond_dim=16",

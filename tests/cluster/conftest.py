@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.cluster.slurm import Slurm, why_not
+from tests.helpers.slurm import Slurm, why_not
 
 
 @pytest.fixture(scope="session")

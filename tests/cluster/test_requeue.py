@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.cluster.slurm import NUM_GPUS, Slurm, wait_for
-from tests.conftest import PROJECT
-from tests.small_run import write_text
+from tests.helpers.places import PROJECT
+from tests.helpers.slurm import NUM_GPUS, Slurm, wait_for
+from tests.helpers.small_run import write_text
 
 SCRIPT = PROJECT / "scripts/train/train_owt_bd3lm.sh"
 MAX_STEPS = 160

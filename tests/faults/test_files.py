@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.faults.runs import Run, assert_same_training
-from tests.small_run import ALGOS
+from tests.helpers.killable_runs import Run, assert_same_training
+from tests.helpers.small_run import ALGOS
 
 EVERY_STEP = "callbacks.checkpoint_every_n_steps.every_n_train_steps=1"
 DAMAGES = {

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from tests.faults.runs import Run, assert_same_training, kill_at
-from tests.small_run import ALGOS
+from tests.helpers.killable_runs import Run, assert_same_training, kill_at
+from tests.helpers.small_run import ALGOS
 
 BD3LM = [*ALGOS["bd3lm"], "training.resample=true"]
 EVERY_STEP = "callbacks.checkpoint_every_n_steps.every_n_train_steps=1"
@@ -45,7 +45,7 @@ def test_ten_kills_while_a_checkpoint_is_written(tmp_path, straight, count):
     for attempt in range(10):
         output = run.run(expected=-9, preparation=f"""
 import io
-import training.checkpoint_io as checkpoint_io
+from checkpointing import checkpoint_io
 class CutShort:
     saves = 0
     def __getattr__(self, name):

@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from tests.faults.runs import Run, assert_same_training
+from tests.helpers.killable_runs import Run, assert_same_training
 
 CHANGES = ["algo=mdlm", "trainer.max_steps=4"]
 ANSWERS = {

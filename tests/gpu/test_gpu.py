@@ -6,12 +6,13 @@ PyTorch alone is needed here; the comparison with the original is in test_golden
 import pytest
 import torch
 
-from forward_process import FULL, noise_values, q_xt
+from losses.forward_process import FULL, noise_values, q_xt
+from losses.objectives import diffusion_token_losses, masked_mean
 from models.attention import attend, resolve_backend
+from models.denoiser import Denoiser
 from models.masks import AttentionPattern
 from noise_schedule import get_noise
-from objectives import Denoiser, diffusion_token_losses, masked_mean
-from tests.references import (
+from tests.helpers.references import (
     brute_force_mask,
     cache_for,
     naive_attention,

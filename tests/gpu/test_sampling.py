@@ -3,15 +3,15 @@
 import pytest
 import torch
 
+from models.denoiser import Denoiser
 from models.inference import InferenceDIT
 from models.masks import AttentionPattern
 from models.static_inference import StaticInferenceDIT
-from objectives import Denoiser
 from sampling.base import blank_canvas
 from sampling.rows import draw_rows
 from sampling.semi_ar import SemiAutoregressiveSampler
 from sampling.stopping import StopRule
-from tests.references import random_tokens, small_dit
+from tests.helpers.references import random_tokens, small_dit
 
 pytestmark = [
     pytest.mark.gpu,

@@ -14,11 +14,11 @@ import transformers.utils.hub
 from safetensors.torch import save_file
 
 from corpora.tokenization import load_tokenizer
-from models.hf import BD3LM, export
-from tests.hf.test_model import OPTIONS, tiny
-from tests.hf.twins import twins
-from tests.small_module import batches
-from tests.small_run import ALGOS
+from hf import BD3LM, export
+from tests.helpers.small_module import batches
+from tests.helpers.small_run import ALGOS
+from tests.helpers.twins import twins
+from tests.hf.test_modeling_bd3lm import OPTIONS, tiny
 
 # What somebody else's machine has; numpy comes with torch, huggingface_hub with transformers.
 ALLOWED = {"torch", "transformers", "numpy", "huggingface_hub"}

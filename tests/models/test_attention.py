@@ -5,7 +5,7 @@ import torch
 
 from models.attention import attend, resolve_backend
 from models.masks import AttentionPattern
-from tests.references import brute_force_mask, naive_attention, random_qkv
+from tests.helpers.references import brute_force_mask, naive_attention, random_qkv
 
 P = AttentionPattern
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -5,7 +5,7 @@ import torch
 
 from models.dit import DIT, DITConfig, LayerNorm
 from models.masks import AttentionPattern
-from tests.references import cache_for, random_tokens, small_dit
+from tests.helpers.references import cache_for, random_tokens, small_dit
 
 P = AttentionPattern
 MASK = 22  # the last id of `small_dit`

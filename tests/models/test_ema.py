@@ -1,4 +1,4 @@
-"""The moving average of the weights (its golden values are in test_parity.py)."""
+"""The moving average of the weights (its golden values are in tests/parity)."""
 
 import math
 

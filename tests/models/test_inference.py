@@ -9,10 +9,10 @@ from torch import nn
 from models import inference
 from models.attention import attend
 from models.inference import InferenceDIT, cast_matrices
+from models.kernels.packed_linear import PackedLinear, can_pack
 from models.masks import AttentionPattern
-from models.packed_linear import PackedLinear, can_pack
 from models.static_inference import StaticInferenceDIT
-from tests.references import brute_force_mask, denoiser_of, random_tokens, small_dit
+from tests.helpers.references import brute_force_mask, denoiser_of, random_tokens, small_dit
 
 P = AttentionPattern
 

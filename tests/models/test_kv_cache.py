@@ -5,7 +5,7 @@ import torch
 
 from models.dit import DIT
 from models.masks import AttentionPattern
-from tests.references import cache_for, random_tokens, small_dit
+from tests.helpers.references import cache_for, random_tokens, small_dit
 
 BLOCK_CAUSAL, CAUSAL = AttentionPattern.BLOCK_CAUSAL, AttentionPattern.CAUSAL
 

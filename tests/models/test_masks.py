@@ -7,7 +7,13 @@ from torch.nn.attention.flex_attention import BlockMask, create_mask
 import models.attention
 from models.attention import attend
 from models.masks import AttentionPattern, dense_mask, flex_block_mask, is_unrestricted
-from tests.references import brute_force_mask, cache_for, random_qkv, random_tokens, small_dit
+from tests.helpers.references import (
+    brute_force_mask,
+    cache_for,
+    random_qkv,
+    random_tokens,
+    small_dit,
+)
 
 CPU = torch.device("cpu")
 # (N, L): single tokens, one block, and lengths that are no multiple of FlexAttention's 128.

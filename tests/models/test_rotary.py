@@ -6,7 +6,7 @@ import torch
 
 from models.masks import AttentionPattern
 from models.rotary import Rotary, rotate
-from tests.references import random_tokens, small_dit
+from tests.helpers.references import random_tokens, small_dit
 
 
 def rotated(x: torch.Tensor, position: int) -> torch.Tensor:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from clipped_schedule import ClippedScheduleSearch, candidate_intervals, logged_name
-from forward_process import ClipInterval
+from losses.clipped_schedule import ClippedScheduleSearch, candidate_intervals, logged_name
+from losses.forward_process import ClipInterval
 from models.ema import ExponentialMovingAverage
 from noise_schedule import get_noise
 from tests.parity.rows import Row, absolute, load_golden, relative

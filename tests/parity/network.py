@@ -6,12 +6,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from forward_process import ClipInterval, noise_values, q_xt
+from losses.forward_process import ClipInterval, noise_values, q_xt
+from losses.objectives import ar_token_losses, diffusion_token_losses, masked_mean
+from models.denoiser import Denoiser
 from models.dit import DIT, DITConfig
 from models.kv_cache import KVCache
 from models.masks import AttentionPattern
 from noise_schedule import get_noise
-from objectives import Denoiser, ar_token_losses, diffusion_token_losses, masked_mean
 from tests.parity.rows import (
     Golden,
     Row,

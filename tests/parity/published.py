@@ -10,17 +10,17 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-import resolvers
+from checkpointing.loading import load_weights
+from checkpointing.weights import read_weights
+from configuration import resolvers
 from corpora.tokenization import load_tokenizer
 from diffusion import Diffusion
-from forward_process import FULL
+from losses.forward_process import FULL
+from losses.objectives import masked_mean
 from models.dit import DIT, DITConfig
 from models.masks import AttentionPattern
-from objectives import masked_mean
-from pretrained import load_model
+from modes.starting_weights import load_model
 from tests.parity.rows import Golden, Row, absolute, load_golden, relative
-from training.loading import load_weights
-from training.weights import read_weights
 
 LOGITS, LOSSES = 2e-5, 1e-5  # the tolerances of the golden files' README
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from generative_perplexity import GenerativePerplexity
+from evaluation.generative_perplexity import GenerativePerplexity
 from tests.parity.rows import Row, count_different, relative
 from tests.parity.text import TOKENIZERS, data_folder
 

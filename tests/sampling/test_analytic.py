@@ -8,7 +8,7 @@ import torch
 from models.masks import AttentionPattern
 from noise_schedule import get_noise
 from sampling.analytic import AnalyticSampler
-from tests.sampling.toys import BOS, MASK, NUM_DRAWS, NUM_TOKENS, V, canvas, fit
+from tests.helpers.toys import BOS, MASK, NUM_DRAWS, NUM_TOKENS, V, canvas, fit
 
 LENGTH = 4
 # The probability of each token at each position; positions are independent.

@@ -5,15 +5,7 @@ import torch
 from models.masks import AttentionPattern
 from sampling.ar import AutoregressiveSampler
 from sampling.decoding import Decoding
-from tests.sampling.toys import (
-    BOS,
-    MASK,
-    NUM_DRAWS,
-    TableDenoiser,
-    block_by_block,
-    canvas,
-    fit,
-)
+from tests.helpers.toys import BOS, MASK, NUM_DRAWS, TableDenoiser, block_by_block, canvas, fit
 
 
 def draw(denoiser, *, batch_size=NUM_DRAWS, length=4, seed=0, **settings):

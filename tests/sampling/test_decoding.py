@@ -5,7 +5,7 @@ import torch
 
 from sampling import decoding
 from sampling.decoding import Decoding, categorical, nucleus, top_k
-from tests.references import p_value
+from tests.helpers.references import p_value
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 
+from models.denoiser import Denoiser
 from models.masks import AttentionPattern
 from noise_schedule import get_noise
-from objectives import Denoiser
 from sampling.base import SamplerOutput, blank_canvas
 from sampling.options import SamplingOptions, make_sampler
 from sampling.stopping import ENTROPY_WINDOW
-from tests.sampling.test_cache import BOS, MASK, V, generators, network
+from tests.sampling.test_kv_cache import BOS, MASK, V, generators, network
 from tests.sampling.test_stopping import plain_entropy
 
 LENGTH, BLOCK = 16, 4

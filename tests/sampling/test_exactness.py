@@ -9,14 +9,13 @@ from functools import cache
 import pytest
 import torch
 
+from models.denoiser import Denoiser
 from models.dit import DIT, DITConfig
 from models.masks import AttentionPattern
-from objectives import Denoiser
 from sampling.ar import AutoregressiveSampler
 from sampling.particles import ParticleSampler
 from sampling.semi_ar import CONTEXT_WINDOW, SemiAutoregressiveSampler
-from tests.references import p_value
-from tests.sampling.exact import (
+from tests.helpers.exact import (
     Distribution,
     NetworkTable,
     Text,
@@ -27,6 +26,7 @@ from tests.sampling.exact import (
     given,
     total_variation,
 )
+from tests.helpers.references import p_value
 
 BOS, MASK, V = 0, 3, 4
 NUM_DRAWS = 200_000

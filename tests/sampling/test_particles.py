@@ -8,7 +8,7 @@ from sampling.ar import AutoregressiveSampler
 from sampling.options import SamplingOptions, make_sampler
 from sampling.particles import ParticleSampler
 from sampling.stopping import StopRule
-from tests.sampling.exact import (
+from tests.helpers.exact import (
     ancestral,
     autoregressive,
     complete,
@@ -17,9 +17,9 @@ from tests.sampling.exact import (
     given,
     total_variation,
 )
-from tests.sampling.test_cache import generators, network, semi
+from tests.helpers.toys import BOS, MASK, Distribution, TableDenoiser, fit
+from tests.sampling.test_kv_cache import generators, network, semi
 from tests.sampling.test_semi_ar import sampler as semi_of_toys
-from tests.sampling.toys import BOS, MASK, Distribution, TableDenoiser, fit
 
 GAP = (BOS, MASK, MASK, 2)  # the gap is in blocks before the given token, or in its own
 

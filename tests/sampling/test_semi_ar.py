@@ -8,8 +8,8 @@ import torch
 from models.masks import AttentionPattern
 from sampling.decoding import Decoding
 from sampling.semi_ar import CONTEXT_WINDOW, SemiAutoregressiveSampler
-from tests.sampling.exact import ancestral, first_hitting
-from tests.sampling.toys import (
+from tests.helpers.exact import ancestral, first_hitting
+from tests.helpers.toys import (
     BOS,
     MASK,
     NUM_DRAWS,

@@ -17,7 +17,7 @@ from sampling.prompts import CanvasRow
 from sampling.semi_ar import SemiAutoregressiveSampler
 from sampling.stopping import StopRule
 from sampling.trace import Trace, render_page, token_texts, trace_rows
-from tests.sampling.toys import MASK, TableDenoiser, canvas
+from tests.helpers.toys import MASK, TableDenoiser, canvas
 
 EVIL = {
     0: "</script><script>alert(1)</script>",

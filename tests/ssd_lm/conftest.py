@@ -9,7 +9,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, RobertaConfig, RobertaForMaskedLM
 
 from corpora.tokenization import byte_tokenizer
-from tests.conftest import PROJECT
+from tests.helpers.places import PROJECT
 
 # No import statement can name this folder, because of its dash.
 sys.path.append(str(PROJECT / "ssd-lm"))

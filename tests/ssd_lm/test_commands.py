@@ -14,7 +14,7 @@ import pytest
 import report_genppl
 
 from corpora.tokenization import byte_tokenizer
-from tests.conftest import PROJECT
+from tests.helpers.places import PROJECT
 
 FOLDER = PROJECT / "ssd-lm"
 BATCH_SCRIPT = FOLDER / "run_generate_text_batch.sh"

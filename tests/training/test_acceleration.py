@@ -11,9 +11,9 @@ from torch._dynamo.utils import counters
 
 from models.dit import DIT, DITConfig
 from models.masks import AttentionPattern
-from tests import parallel_runs, small_module
-from tests.references import generator
-from tests.small_run import ALGOS, write_text
+from tests.helpers import parallel_runs, small_module
+from tests.helpers.references import generator
+from tests.helpers.small_run import ALGOS, write_text
 from training.acceleration import checkpoint_layers, compile_layers, is_compiled
 
 CONFIG = DITConfig(

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests import small_module
-from tests.small_run import ALGOS
-from training.callbacks import EMACallback, ProgressBar
+from tests.helpers import small_module
+from tests.helpers.small_run import ALGOS
+from training.callbacks import EMACallback
 from training.nan_guard import NanGuard
+from training.progress import ProgressBar
 from training.throughput import Throughput
 
 # Reading a number (`item`, `float`, `bool`), and finding out how many elements a mask selects.

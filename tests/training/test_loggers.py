@@ -6,7 +6,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from omegaconf import OmegaConf
 
 import configuration
-from tests.small_run import overrides
+from tests.helpers.small_run import overrides
 from training import loggers
 
 

@@ -9,8 +9,8 @@ import torch
 import main
 from corpora.row_cache import CachedRows
 from corpora.row_datasets import PackedRows
-from tests.small_module import batches, module, trainer
-from tests.small_run import ALGOS, overrides, write_text
+from tests.helpers.small_module import batches, module, trainer
+from tests.helpers.small_run import ALGOS, overrides, write_text
 from training import manifest
 from training.throughput import Throughput
 

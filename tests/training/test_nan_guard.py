@@ -8,9 +8,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from tests.conftest import PROJECT
-from tests.small_module import batches, module, trainer
-from tests.small_run import ALGOS, overrides, write_text
+from tests.helpers.places import PROJECT
+from tests.helpers.small_module import batches, module, trainer
+from tests.helpers.small_run import ALGOS, overrides, write_text
 from training.nan_guard import NanGuard, NonFiniteLossError
 
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from tests.references import generator
+from tests.helpers.references import generator
 from training.optimizer import fused_adamw
 
 SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.faults.runs import assert_same_training
-from tests.small_run import ALGOS
-from training.checkpoint_io import AtomicCheckpointIO
+from checkpointing.checkpoint_io import AtomicCheckpointIO
+from tests.helpers.killable_runs import assert_same_training
+from tests.helpers.small_run import ALGOS
 
 # 354 rows: epochs of four global batches of 88 rows, and two rows that are left out.
 EPOCHS = ["loader.global_batch_size=88", "loader.eval_global_batch_size=4",

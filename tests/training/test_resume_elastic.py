@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.runs import Run
+from tests.helpers.killable_runs import Run
 
 RECORD = """
 import json

@@ -6,8 +6,8 @@ import stat
 
 import pytest
 
-from tests.faults.runs import Run, assert_same_training, kill_at
-from tests.small_run import ALGOS
+from tests.helpers.killable_runs import Run, assert_same_training, kill_at
+from tests.helpers.small_run import ALGOS
 from training.signals import STOP_SIGNALS, Interrupted, StopSignals
 
 CHANGES = [*ALGOS["bd3lm"], "loader.batch_size=2", "loader.num_workers=1",

@@ -1,0 +1,149 @@
+"""Fresh noise for clean rows, and the loss of each token under it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from losses.forward_process import FULL, ClipInterval, noise_values, q_xt, q_xt_within, sample_t
+from losses.objectives import ar_token_losses, diffusion_token_losses
+from models.denoiser import Denoiser
+from models.kv_cache import CleanHalf
+from models.masks import AttentionPattern
+from noise_schedule import Noise, NoiseValues
+
+# Ranges of t that share a forward pass: enough rows to keep a GPU busy, and without gradients still
+# less memory than a training step.
+RANGES_AT_ONCE = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLosses:
+    """The terms of the NELBO (paper eq. 8), of ar of the exact NLL, for one draw of noise.
+
+    Args:
+        denoiser: the network and its parameterization.
+        noise: the schedule.
+        pattern: who sees whom in training; ar is causal in any case.
+        block_size: L.
+        antithetic: spread the times evenly, see `forward_process.sample_t`.
+        resample: keep the masked fraction of each block in the range of t.
+        mdlm_loss_scale: weigh as earlier papers do, see `forward_process.noise_values`.
+        ignore_bos: position 0 stays clean.
+    """
+
+    denoiser: Denoiser
+    noise: Noise
+    pattern: AttentionPattern
+    block_size: int
+    antithetic: bool = True
+    resample: bool = False
+    mdlm_loss_scale: bool = False
+    ignore_bos: bool = True
+
+    def __call__(
+        self,
+        x_0: Tensor,
+        *,
+        interval: ClipInterval = FULL,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Losses per token, t drawn from the interval.
+
+        Args:
+            x_0: clean tokens (B, N).
+            interval: the range of t.
+            generator: on the device of x_0; None: torch's own stream.
+
+        Returns:
+            (B, N), for ar (B, N - 1): the first token has no prediction.
+        """
+        if self.denoiser.parameterization == "ar":
+            return ar_token_losses(self.denoiser, x_0)
+        x_t, values = self._add_noise(x_0, interval=interval, generator=generator)
+        return self._losses(x_0, x_t, values)
+
+    def on_all(
+        self, x_0: Tensor, intervals: Sequence[ClipInterval]
+    ) -> dict[ClipInterval, Tensor]:
+        """Losses per token (B, N) on each range, without gradients.
+
+        With block diffusion x_0, which no noise touches, is seen once for all of them.
+        """
+        sees_x_0 = self._pattern_of(x_0) is AttentionPattern.BLOCK_DIFFUSION
+        if not sees_x_0 or len(intervals) == 1:
+            return {interval: self(x_0, interval=interval) for interval in intervals}
+        clean, losses = self.denoiser.clean_half(x_0), {}
+        for i in range(0, len(intervals), RANGES_AT_ONCE):
+            together = intervals[i : i + RANGES_AT_ONCE]
+            noisy = [self._add_noise(x_0, interval=interval) for interval in together]
+            found = self._losses(
+                x_0.repeat(len(together), 1),
+                torch.cat([x_t for x_t, _ in noisy]),
+                NoiseValues.cat([values for _, values in noisy]),
+                clean=clean,
+            )
+            losses |= zip(together, found.chunk(len(together)), strict=True)
+        return losses
+
+    def _losses(
+        self, x_0: Tensor, x_t: Tensor, values: NoiseValues, *, clean: CleanHalf | None = None
+    ) -> Tensor:
+        return diffusion_token_losses(
+            self.denoiser,
+            x_0,
+            x_t=x_t,
+            values=values,
+            sigma_max=self.noise.sigma_max,
+            pattern=self._pattern_of(x_0),
+            clean=clean,
+        )
+
+    def _pattern_of(self, x_0: Tensor) -> AttentionPattern:
+        """A row that is one block (L = N) sees nothing of x_0, which is left out of the pass."""
+        is_one_block = x_0.shape[1] == self.block_size
+        return AttentionPattern.FULL if is_one_block else self.pattern
+
+    def _add_noise(
+        self, x_0: Tensor, *, interval: ClipInterval, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, NoiseValues]:
+        """x_t (B, N) of fresh t, and the values per token, (B, N) or, where t is one, (B, 1)."""
+        shape = (x_0.shape[0], x_0.shape[1] // self.block_size)
+        t = sample_t(
+            shape,
+            interval=interval,
+            antithetic=self.antithetic,
+            device=x_0.device,
+            generator=generator,
+        )  # (B, K)
+        values = noise_values(
+            self.noise, t, interval=interval, mdlm_loss_scale=self.mdlm_loss_scale
+        )  # each (B, K)
+        x_t = self._sample_x_t(
+            x_0, move_chance=values.move_chance, interval=interval, generator=generator
+        )
+        return x_t, values.repeat_interleave(self.block_size if shape[1] > 1 else 1)
+
+    def _sample_x_t(
+        self,
+        x_0: Tensor,
+        *,
+        move_chance: Tensor,
+        interval: ClipInterval,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """x_t for p per block (B, K)."""
+        shared = {"mask_index": self.denoiser.mask_index, "ignore_bos": self.ignore_bos}
+        if self.resample and interval != FULL:
+            return q_xt_within(
+                x_0,
+                move_chance=move_chance,
+                interval=interval,
+                block_size=self.block_size,
+                generator=generator,
+                **shared,
+            )
+        u = torch.rand(x_0.shape, device=x_0.device, generator=generator)
+        move_chance = move_chance.repeat_interleave(self.block_size, dim=1)
+        return q_xt(x_0, u=u, move_chance=move_chance, **shared)

@@ -1,0 +1,254 @@
+"""Samples of a trained model (`mode=sample_eval`): draw, score, print and write them."""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from configuration.sampling_request import canvas_rows, sampling_options, suit_vocabulary
+from configuration.training_request import lightning_precision
+from corpora.tokenization import mask_index_and_vocab_size
+from dataloader import get_tokenizer
+from diffusion import Diffusion
+from evaluation.generative_perplexity import (
+    GenerativePerplexity,
+    SampleScore,
+    ScorerUnavailableError,
+)
+from evaluation.metrics import token_entropy
+from evaluation.report import print_table
+from evaluation.sample_log import SampleRecord, append_samples, make_logdir
+from models.inference import cast_matrices
+from modes.starting_weights import load_model
+from sampling.base import SamplerOutput
+from sampling.live import SamplingDisplay
+from sampling.options import SamplingOptions
+from sampling.prompts import CanvasRow, stack
+from sampling.trace import Trace
+from training.manifest import config_hash
+from utils import (
+    absolute_path,
+    get_logger,
+    keep_freed_memory_for_sampling,
+    process_rank,
+    resolve_device,
+    write_text,
+)
+
+logger = get_logger(__name__)
+
+
+def load_scorer(config: DictConfig, device: torch.device) -> GenerativePerplexity | OSError | None:
+    """The model that scores samples; None where the user wants none, the error where it fails."""
+    name = config.eval.gen_ppl_eval_model_name_or_path
+    if name is None:
+        return None
+    try:
+        return GenerativePerplexity.load(name, device=device)
+    except ScorerUnavailableError as error:
+        logger.error("Samples will be written without generative perplexity. %s", error)
+        return error
+
+
+def sample_eval(config: DictConfig) -> str | None:
+    """Sample, print, score and write; a batch is on disk before the next one begins.
+
+    Processes (under srun or torchrun) share the batches out; a row does not depend on which of
+    them draws it.
+
+    Returns:
+        The path of the CSV file in `sampling.logdir`; `samples.jsonl` beside it holds more. None:
+        there were fewer batches than processes, and none for this one.
+
+    Raises:
+        ScorerUnavailableError: after the samples are written, if they could not be scored.
+    """
+    rank, _ = process_rank()
+    tokenizer = get_tokenizer(config)
+    options = sampling_options(config, decode=tokenizer.decode)
+    mask_index, vocab_size = mask_index_and_vocab_size(tokenizer)
+    # What may fail for a typing error comes before what takes long.
+    rows = canvas_rows(config, tokenizer, mask_index=mask_index)
+    options = suit_vocabulary(options, vocab_size=vocab_size)
+    logdir = absolute_path(config.sampling.logdir)
+    make_logdir(logdir)
+    device = resolve_device(config.trainer.accelerator)
+    model = load_model(config, tokenizer).to(device)
+    make_fast(model, config)
+    scorer = load_scorer(config, device)
+    records: list[SampleRecord] = []
+    path = None
+    began = time.monotonic()
+    for start, batch, output in draw_batches(config, model, tokenizer, rows, options=options):
+        fresh = to_records(config, tokenizer, batch, output, first_row=start, scorer=scorer)
+        path = append_samples(logdir, fresh)
+        for number, record in enumerate(fresh, start=start + 1):
+            Console().print(Panel(Text(record.samples), title=f"sample {number}"))
+        records += fresh
+    warn_of_rejected(config, records)
+    if rank == 0:
+        print_table("Samples", summary(records, seconds=time.monotonic() - began))
+    logger.info("Samples are in %s", logdir)
+    if isinstance(scorer, OSError):
+        raise scorer
+    return path
+
+
+def warn_of_rejected(config: DictConfig, records: Sequence[SampleRecord]) -> None:
+    """Say how many samples still have too little entropy."""
+    number = sum(not record.extra["accepted"] for record in records)
+    if number:
+        logger.warning(
+            "%d of %d samples have less than sampling.min_entropy=%s nats in 256 tokens after "
+            "sampling.max_retries=%d further attempts; `accepted` in samples.jsonl says which",
+            number,
+            len(records),
+            config.sampling.min_entropy,
+            config.sampling.max_retries,
+        )
+
+
+def draw_batches(
+    config: DictConfig,
+    model: Diffusion,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[CanvasRow],
+    *,
+    options: SamplingOptions,
+) -> Iterator[tuple[int, Sequence[CanvasRow], SamplerOutput]]:
+    """This process's share of the batches: number of the first row, what was given, the output.
+
+    Shows how far it is, and keeps the page of `sampling.trace` up to date.
+    """
+    rank, world_size = process_rank()
+    size = config.loader.eval_batch_size
+    batches = {i: rows[i : i + size] for i in range(rank * size, len(rows), world_size * size)}
+    trace = None
+    if config.sampling.trace is not None:
+        stem, extension = os.path.splitext(config.sampling.trace)
+        trace_path = f"{stem}.rank{rank}{extension}" if rank else config.sampling.trace
+        title = f"{config.algo.name}, block size {config.block_size}: how the text came about"
+        trace = Trace(title=title, decode=tokenizer.decode)
+    display = SamplingDisplay(
+        [row for batch in batches.values() for row in batch],
+        mask_index=model.mask_index,
+        decode=tokenizer.decode,
+        shows_rows=config.sampling.live,
+        is_quiet=rank > 0,
+    )
+    with display:
+        for start, batch in batches.items():
+            on_step = display.begin(batch)
+            output = draw(
+                config, model, batch, options=options, first_row=start, on_step=on_step
+            )
+            if trace is not None and trace.add(output, first_row=start):
+                write_text(trace_path, trace.page())
+            yield start, batch, output
+
+
+def make_fast(model: Diffusion, config: DictConfig) -> None:
+    """Prepare a model that only samples from now on, as `sampling.compile` and the precision say.
+
+    Done once: a network that is compiled anew for each batch would be slower than one that is not.
+    """
+    if is_bf16(config):
+        cast_matrices(model.backbone, torch.bfloat16, packs=not config.sampling.compile)
+    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=is_bf16(config)):
+        model.denoiser = model.denoiser.for_sampling(compiled=config.sampling.compile)
+    keep_freed_memory_for_sampling()  # the float32 weights are gone
+
+
+def is_bf16(config: DictConfig) -> bool:
+    """Whether matrix products run in bf16."""
+    return lightning_precision(config.trainer.precision).startswith("bf16")
+
+
+def draw(
+    config: DictConfig,
+    model: Diffusion,
+    batch: Sequence[CanvasRow],
+    *,
+    options: SamplingOptions,
+    first_row: int,
+    on_step: Callable[[Tensor], None] | None = None,
+) -> SamplerOutput:
+    """Complete a batch of rows in the precision of `trainer.precision`."""
+    # Beyond its context mdlm goes on by half a window, which is its block there.
+    is_long = max(row.limit for row in batch) > model.block_size and not config.algo.cross_attn
+    unit = max(1, model.block_size // 2) if is_long else model.block_size
+    canvas, limits = stack(
+        batch, block_size=unit, mask_index=model.mask_index, device=model.device
+    )
+    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=is_bf16(config)):
+        return model.generate(
+            canvas,
+            limits=limits,
+            options=options,
+            seed=config.seed,
+            first_row=first_row,
+            max_retries=config.sampling.max_retries,
+            on_step=on_step,
+        )
+
+
+def to_records(
+    config: DictConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    batch: Sequence[CanvasRow],
+    output: SamplerOutput,
+    *,
+    first_row: int,
+    scorer: GenerativePerplexity | OSError | None,
+) -> list[SampleRecord]:
+    """One record per sampled row, scored where there is a scorer."""
+    rows = [t[:n] for t, n in zip(output.tokens.cpu(), output.lengths.tolist(), strict=True)]
+    texts = [tokenizer.decode(row) for row in rows]
+    scores: Sequence[SampleScore | None] = [None] * len(rows)
+    if isinstance(scorer, GenerativePerplexity):
+        window_batch = config.eval.perplexity_batch_size
+        scores = scorer.score(texts, max_length=config.model.length, batch_size=window_batch)
+    checkpoint, digest = config.eval.checkpoint_path, config_hash(config)
+    return [
+        SampleRecord(
+            samples=texts[i],
+            gen_ppl=scores[i].gen_ppl if scores[i] else None,
+            gen_entropy=scores[i].entropy if scores[i] else token_entropy(rows[i]),
+            gen_nfes=int(output.num_forward_passes[i]),
+            gen_nfes_paper=int(output.num_denoising_passes[i]),
+            gen_lengths=len(rows[i]),
+            seed=config.seed,
+            extra={
+                "row": first_row + i,
+                "new_tokens": int((output.revealed_at[i, : len(rows[i])] > 0).sum()),
+                "accepted": bool(output.accepted[i]),
+                "source": batch[i].source,
+                "checkpoint": checkpoint,
+                "config_hash": digest,
+            },
+        )
+        for i in range(len(rows))
+    ]
+
+
+def summary(records: Sequence[SampleRecord], *, seconds: float) -> dict[str, float | int]:
+    """Means over the samples that have a value, and how fast they came."""
+    # Without BOS, prompts and what surrounds gaps, for which nobody waits.
+    num_new = sum(r.extra["new_tokens"] for r in records)
+    values: dict[str, float | int] = {"samples": len(records), "new tokens": num_new}
+    # A sample without a scored token has no perplexity: `values` says None where that is NaN.
+    rows = [record.values() for record in records]
+    for name in ("gen_ppl", "gen_entropy", "gen_lengths", "gen_nfes", "gen_nfes_paper"):
+        known = [row[name] for row in rows if row[name] is not None]
+        if known:
+            values[f"mean {name}"] = sum(known) / len(known)
+    values["new tokens per pass"] = num_new / sum(r.gen_nfes for r in records)
+    values["new tokens per second"] = num_new / seconds
+    return values

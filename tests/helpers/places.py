@@ -1,0 +1,6 @@
+"""Where things are."""
+
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parents[2]
+SHARED = PROJECT.parent / "shared"

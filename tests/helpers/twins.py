@@ -1,0 +1,35 @@
+"""A small Lightning module, and the Hugging Face model with the same weights."""
+
+from diffusion import Diffusion
+from hf import BD3LM, BD3LMConfig
+from tests.helpers.small_module import module
+from tests.helpers.small_run import ALGOS
+
+
+def twins(compose, folder, algo: str, *changes: str) -> tuple[Diffusion, BD3LM]:
+    """Both in evaluation; text8's 35 symbols, N = 16, L = 4 for bd3lm, two layers of 32."""
+    lightning = module(compose, folder, *ALGOS[algo], *changes).eval()
+    config = lightning.config
+    model = BD3LM(
+        BD3LMConfig(
+            block_size=config.block_size,
+            vocab_size=lightning.backbone.config.vocab_size,
+            model_length=config.model.length,
+            cross_attn=config.algo.cross_attn,
+            adaln=lightning.backbone.config.adaln,
+            causal=algo == "ar",
+            hidden_dim=config.model.hidden_size,
+            cond_dim=config.model.cond_dim,
+            n_blocks=config.model.n_blocks,
+            n_heads=config.model.n_heads,
+            dropout=config.model.dropout,
+            time_conditioning=config.algo.time_conditioning,
+            var_min=config.algo.var_min,
+            parameterization=config.algo.parameterization,
+            mask_index=lightning.mask_index,
+            bos_token_id=lightning.bos_index,
+            eos_token_id=lightning.eos_index,
+        )
+    )
+    model.load_state_dict(lightning.state_dict())
+    return lightning, model.eval()
