@@ -9,13 +9,8 @@
 #
 # PYTHON is the interpreter (default: the project's .venv, else python), BATCH_SIZE the rows of a
 # training step (default 32).
-set -euo pipefail
+source "$(dirname "$(readlink -f "$0")")/../scripts/common.sh" || exit
 
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-if [[ -z "${PYTHON:-}" ]]; then
-  PYTHON=python
-  if [[ -x .venv/bin/python ]]; then PYTHON=.venv/bin/python; fi
-fi
 BATCH_SIZE="${BATCH_SIZE:-32}"
 
 DEVICE="$("$PYTHON" -c '

@@ -1,5 +1,6 @@
 # shellcheck shell=bash
-# Sourced by every script below this folder: where things are, what must exist, how a run starts.
+# Sourced by every script below this folder, and by those of ssd-lm/ and benchmarks/: what a script
+# takes, where things are, what must exist, how a run starts.
 #
 # Variables a user may set:
 #   PYTHON          the interpreter (default: the project's .venv, else python)
@@ -8,6 +9,38 @@
 #   BD3LM_CACHE     the folder of the tokenised data sets
 #   BD3LM_ROOT      the project's root, where sbatch was called from somewhere else
 set -euo pipefail
+
+# die MESSAGE: says what is wrong and stops.
+die() {
+  echo "$(basename "$0"): $1" >&2
+  exit 1
+}
+
+# usage_of SCRIPT: prints the script's line "# usage: NAME ARGUMENT... [override ...]".
+usage_of() {
+  local line
+  while read -r line; do
+    if [[ "$line" == "# usage: "* ]]; then
+      echo "${line#\# usage: }"
+      return
+    fi
+  done <"$1"
+}
+
+# The arguments in the script's usage line become variables: LENGTH is the argument LENGTH, and a
+# choice like ar|mdlm is ALGO. This file shares "$@" with the script, where only overrides stay.
+USAGE="$(usage_of "$0")"
+read -ra WORDS <<<"$USAGE"
+for name in "${WORDS[@]:1}"; do
+  if [[ "$name" == *"|"* ]]; then
+    [[ "${1:-}" =~ ^($name)$ ]] || die "usage: $USAGE"
+    name=ALGO
+  fi
+  [[ "$name" =~ ^[A-Z_]+$ ]] || break
+  (($#)) || die "usage: $USAGE"
+  printf -v "$name" %s "$1"
+  shift
+done
 
 INVOKED_FROM="$PWD"
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -22,17 +55,13 @@ if [[ -z "${PYTHON:-}" ]]; then
   if [[ -x "$ROOT/.venv/bin/python" ]]; then PYTHON="$ROOT/.venv/bin/python"; fi
 fi
 
-# die MESSAGE: says what is wrong and stops.
-die() {
-  echo "$(basename "$0"): $1" >&2
-  exit 1
-}
-
-# find_checkpoint VARIABLE DEFAULT: prints the checkpoint that the variable names, or the default:
-# a path as an absolute one, a URL or a Hub id as it is.
+# find_checkpoint VARIABLE DEFAULT: makes the variable, or the default where it is not set, a
+# checkpoint that exists: a path becomes an absolute one, a URL or a Hub id stays as it is. The
+# default is a file of CHECKPOINT_DIR, NAME.ckpt, or a Hub id.
 find_checkpoint() {
-  local variable="$1"
-  local value="${!variable:-$2}"
+  local variable="$1" default="$2" value
+  if [[ "$default" == *.ckpt ]]; then default="$CHECKPOINT_DIR/$default"; fi
+  value="${!variable:-$default}"
   if [[ "$value" != /* && -e "$INVOKED_FROM/$value" ]]; then
     value="$INVOKED_FROM/$value"
   fi
@@ -40,7 +69,7 @@ find_checkpoint() {
     [[ "$value" =~ ^[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+(@.+)?$ && "$value" != *.ckpt ]] ||
       die "no checkpoint at $value; set $variable to the path of one"
   fi
-  echo "$value"
+  printf -v "$variable" %s "$value"
 }
 
 LAUNCHES=0
@@ -72,4 +101,22 @@ submit() {
   else
     bash "$@"
   fi
+}
+
+# submit_each SCRIPT OVERRIDE...: a job per seed, length and block size of SEEDS, LENGTHS and
+# BLOCK_SIZES. A script whose usage line has no length or no block size gets none.
+submit_each() {
+  local script="$ROOT/scripts/$1" usage this_seed this_length this_size
+  local every_length=("") every_size=("")
+  shift
+  usage="$(usage_of "$script")"
+  if [[ "$usage" == *" LENGTH "* ]]; then read -ra every_length <<<"$LENGTHS"; fi
+  if [[ "$usage" == *" BLOCK_SIZE "* ]]; then read -ra every_size <<<"$BLOCK_SIZES"; fi
+  for this_seed in $SEEDS; do
+    for this_length in "${every_length[@]}"; do
+      for this_size in "${every_size[@]}"; do
+        submit "$script" ${this_length:+"$this_length"} "$this_seed" ${this_size:+"$this_size"} "$@"
+      done
+    done
+  done
 }

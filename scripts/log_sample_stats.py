@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from any directory
-from sample_log import SampleRecord, find_sample_files, read_samples
+from evaluation.sample_log import SampleRecord, find_sample_files, read_samples
 
 # Column of the files, what the table calls it, decimals.
 MEASURED = (

@@ -17,13 +17,11 @@
 #        run_generate_text_batch.sh job LENGTH T SEED [option ...]         one of them, here
 # variables: MODEL, SCORER (Hub id or directory), SEEDS, LENGTHS, STEPS (lists in quotes)
 
-# Slurm runs a copy of this file; common.sh is then found from the submit folder or the job.
-scripts="$(dirname "${BASH_SOURCE[0]}")/../scripts"
-[[ -f "$scripts/common.sh" ]] || scripts="${BD3LM_ROOT:-${SLURM_SUBMIT_DIR:-.}}/scripts"
-[[ -f "$scripts/common.sh" ]] || scripts="$(dirname "$(scontrol show job "$SLURM_JOB_ID" |
-  sed -n 's/^ *Command=\([^ ]*\).*/\1/p')")/../scripts"
-# shellcheck source=scripts/common.sh
-source "$scripts/common.sh"
+# Slurm runs a copy of this file; BD3LM_ROOT, the submit folder or the job then lead to common.sh.
+at="${SLURM_JOB_ID:+$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | grep -om1 '/[^ ]*/ssd-lm')}"
+at="${BD3LM_ROOT:-$SLURM_SUBMIT_DIR}/scripts:$at/../scripts"
+at="$(dirname "$(readlink -f "$0")")/../scripts:$at"
+PATH="$at:$PATH" source common.sh || exit
 
 # Jobs start in the project's root, where a relative path of the caller would name nothing.
 MODEL="${MODEL:-xhan77/ssdlm}"
@@ -48,12 +46,9 @@ fi
 
 [[ "${1:---}" == --* ]] ||
   die "usage: $(basename "$0") [option of generate_text.py ...] or job LENGTH T SEED [option ...]"
-read -ra SEEDS <<<"${SEEDS:-1 2 3 4 5 6 7 8 9 10 11 12}"
-read -ra LENGTHS <<<"${LENGTHS:-1025 2050}"
-read -ra STEPS <<<"${STEPS:-1000 25}"
-for seed in "${SEEDS[@]}"; do
-  for length in "${LENGTHS[@]}"; do
-    for steps in "${STEPS[@]}"; do
+for seed in ${SEEDS:-1 2 3 4 5 6 7 8 9 10 11 12}; do
+  for length in ${LENGTHS:-1025 2050}; do
+    for steps in ${STEPS:-1000 25}; do
       submit "$ROOT/ssd-lm/run_generate_text_batch.sh" job "$length" "$steps" "$seed" "$@"
     done
   done

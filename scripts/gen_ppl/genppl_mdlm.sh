@@ -14,19 +14,12 @@
 # usage: genppl_mdlm.sh LENGTH SEED [override ...]
 # variables: CHECKPOINT
 
-# Slurm runs a copy of this file; common.sh is then found from the submit folder or the job.
-scripts="$(dirname "${BASH_SOURCE[0]}")/.."
-[[ -f "$scripts/common.sh" ]] || scripts="${BD3LM_ROOT:-${SLURM_SUBMIT_DIR:-.}}/scripts"
-[[ -f "$scripts/common.sh" ]] || scripts="$(dirname "$(scontrol show job "$SLURM_JOB_ID" |
-  sed -n 's/^ *Command=\([^ ]*\).*/\1/p')")/.."
-# shellcheck source=scripts/common.sh
-source "$scripts/common.sh"
+# Slurm runs a copy of this file; BD3LM_ROOT, the submit folder or the job then lead to common.sh.
+at="${SLURM_JOB_ID:+$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | grep -om1 '/[^ ]*/scripts')}"
+at="$(dirname "$(readlink -f "$0")")/..:${BD3LM_ROOT:-$SLURM_SUBMIT_DIR}/scripts:$at/"
+PATH="$at:$PATH" source common.sh || exit
 
-(($# >= 2)) || die "usage: genppl_mdlm.sh LENGTH SEED [override ...]"
-LENGTH="$1"
-SEED="$2"
-shift 2
-CHECKPOINT="$(find_checkpoint CHECKPOINT "$CHECKPOINT_DIR/mdlm_owt_noeos.ckpt")"
+find_checkpoint CHECKPOINT mdlm_owt_noeos.ckpt
 
 launch \
   mode=sample_eval \

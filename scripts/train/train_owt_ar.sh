@@ -13,13 +13,10 @@
 # Trains AR on OpenWebText.
 # usage: train_owt_ar.sh [override ...]
 
-# Slurm runs a copy of this file; common.sh is then found from the submit folder or the job.
-scripts="$(dirname "${BASH_SOURCE[0]}")/.."
-[[ -f "$scripts/common.sh" ]] || scripts="${BD3LM_ROOT:-${SLURM_SUBMIT_DIR:-.}}/scripts"
-[[ -f "$scripts/common.sh" ]] || scripts="$(dirname "$(scontrol show job "$SLURM_JOB_ID" |
-  sed -n 's/^ *Command=\([^ ]*\).*/\1/p')")/.."
-# shellcheck source=scripts/common.sh
-source "$scripts/common.sh"
+# Slurm runs a copy of this file; BD3LM_ROOT, the submit folder or the job then lead to common.sh.
+at="${SLURM_JOB_ID:+$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | grep -om1 '/[^ ]*/scripts')}"
+at="$(dirname "$(readlink -f "$0")")/..:${BD3LM_ROOT:-$SLURM_SUBMIT_DIR}/scripts:$at/"
+PATH="$at:$PATH" source common.sh || exit
 
 launch \
   loader.global_batch_size=512 \

@@ -3,33 +3,15 @@
 # usage: run_varlen_batch.sh ar|bd3lm|sedd [override ...]
 # variables: SEEDS, LENGTHS, BLOCK_SIZES (lists in quotes); sbatch reads its own SBATCH_*
 
-# Slurm runs a copy of this file; common.sh is then found from the submit folder or the job.
-scripts="$(dirname "${BASH_SOURCE[0]}")/.."
-[[ -f "$scripts/common.sh" ]] || scripts="${BD3LM_ROOT:-${SLURM_SUBMIT_DIR:-.}}/scripts"
-[[ -f "$scripts/common.sh" ]] || scripts="$(dirname "$(scontrol show job "$SLURM_JOB_ID" |
-  sed -n 's/^ *Command=\([^ ]*\).*/\1/p')")/.."
-# shellcheck source=scripts/common.sh
-source "$scripts/common.sh"
+# Slurm runs a copy of this file; BD3LM_ROOT, the submit folder or the job then lead to common.sh.
+at="${SLURM_JOB_ID:+$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | grep -om1 '/[^ ]*/scripts')}"
+at="$(dirname "$(readlink -f "$0")")/..:${BD3LM_ROOT:-$SLURM_SUBMIT_DIR}/scripts:$at/"
+PATH="$at:$PATH" source common.sh || exit
 
-ALGO="${1:-}"
-[[ "$ALGO" =~ ^(ar|bd3lm|sedd)$ ]] ||
-  die "usage: $(basename "$0") ar|bd3lm|sedd [override ...]"
-shift
-set -- sampling.num_sample_batches=50 "$@"
-read -ra SEEDS <<<"${SEEDS:-1 2 3 4 5 6 7 8 9 10}"
-read -ra LENGTHS <<<"${LENGTHS:-131072}"
-read -ra BLOCK_SIZES <<<"${BLOCK_SIZES:-4 8 16}"
-script="$ROOT/scripts/var_len/varlen_$ALGO.sh"
-if [[ "$ALGO" == sedd ]]; then script="$ROOT/scripts/var_len/recordlen_sedd.sh"; fi
+SEEDS="${SEEDS:-1 2 3 4 5 6 7 8 9 10}"
+LENGTHS="${LENGTHS:-131072}"
+BLOCK_SIZES="${BLOCK_SIZES:-4 8 16}"
+SCRIPT="varlen_$ALGO.sh"
+if [[ "$ALGO" == sedd ]]; then SCRIPT=recordlen_sedd.sh; fi
 
-# Only bd3lm takes a block size, and sedd takes no length.
-if [[ "$ALGO" != bd3lm ]]; then BLOCK_SIZES=(""); fi
-if [[ "$ALGO" == sedd ]]; then LENGTHS=(""); fi
-
-for seed in "${SEEDS[@]}"; do
-  for length in "${LENGTHS[@]}"; do
-    for block_size in "${BLOCK_SIZES[@]}"; do
-      submit "$script" ${length:+"$length"} "$seed" ${block_size:+"$block_size"} "$@"
-    done
-  done
-done
+submit_each "var_len/$SCRIPT" sampling.num_sample_batches=50 "$@"

