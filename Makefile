@@ -1,25 +1,36 @@
-# Everything runs in .venv, which is made on first use and again when requirements.txt changes.
+# Everything runs in .venv, which is made on first use and again when requirements.txt or
+# constraints.txt changes.
 PYTHON ?= python3
 FOLDER ?= ../shared/golden
 
 VENV := .venv
 VENV_PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
+# The versions of constraints.txt are those of Python 3.11; others take what fits requirements.txt.
+PINNED := import sys; sys.version_info[:2] == (3, 11) and print('--constraint constraints.txt')
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-slow test-gpu test-cluster lint parity quickstart
+.PHONY: help venv constraints test test-slow test-gpu test-cluster lint parity quickstart
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 14
 
-venv: $(INSTALLED)  ## create .venv and install requirements.txt (PYTHON=... picks the interpreter)
+venv: $(INSTALLED)  ## create .venv with the exact versions (PYTHON=... picks the interpreter)
 
-$(INSTALLED): requirements.txt
+$(INSTALLED): requirements.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or later is needed: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
-	$(VENV_PYTHON) -m pip install --requirement requirements.txt
+	$(VENV_PYTHON) -m pip install --requirement requirements.txt $$($(PYTHON) -c "$(PINNED)")
 	@touch $@
+
+constraints:  ## write constraints.txt anew: what requirements.txt brings today (Python 3.11)
+	$(PYTHON) -m venv --clear $(VENV)-constraints
+	$(VENV)-constraints/bin/python -m pip install --requirement requirements.txt
+	{ sed -n '/^#/!q;p' constraints.txt; \
+		$(VENV)-constraints/bin/python -m pip freeze --all --exclude pip | sed -E 's/\+[a-z0-9.]+$$//'; } > constraints.new
+	mv constraints.new constraints.txt
+	rm -r $(VENV)-constraints
 
 test: venv  ## the default tests
 	$(VENV_PYTHON) -m pytest
