@@ -28,8 +28,8 @@ from models.masks import AttentionPattern
 from models.sharding import shard
 from noise_schedule import get_noise
 from sampling.base import SamplerOutput, blank_canvas
-from sampling.options import SamplingOptions, make_sampler
-from sampling.rows import draw_rows
+from sampling.generation import TextModel
+from sampling.options import SamplingOptions
 from training.acceleration import checkpoint_layers, compile_layers, is_compiled
 from training.optimizer import fused_adamw
 from utils import TRAIN_STREAM, VALIDATION_STREAM, derive_seed
@@ -300,7 +300,6 @@ class Diffusion(L.LightningModule):
         Returns:
             The rows. One that degenerated in the last attempt too has `accepted` False.
         """
-        options = options or SamplingOptions()
         if canvas is None:
             canvas = blank_canvas(
                 num_samples,
@@ -309,19 +308,18 @@ class Diffusion(L.LightningModule):
                 mask_index=self.mask_index,
                 device=self.device,
             )
-        sampler = make_sampler(
-            self.sampler_name,
-            options,
+        model = TextModel(
+            denoiser=self.denoiser,
+            sampler=self.sampler_name,
             block_size=self.block_size,
             is_block_causal=self.pattern is AttentionPattern.BLOCK_DIFFUSION,
             mask_index=self.mask_index,
             eos_index=self.eos_index,
             noise=self.noise,
         )
-        return draw_rows(
-            sampler,
-            self.denoiser,
+        return model.generate(
             canvas,
+            options=options or SamplingOptions(),
             seed=seed,
             limits=limits,
             first_row=first_row,

@@ -25,8 +25,9 @@ from transformers import PreTrainedTokenizerBase
 from checkpointing.description import completed
 from checkpointing.loading import load_weights
 from checkpointing.weights import Weights, read_weights
+from configuration.data_request import data_request
 from corpora.registry import DATASETS
-from corpora.tokenization import load_tokenizer, mask_index_and_vocab_size
+from corpora.tokenization import bpe_size, load_tokenizer, mask_index_and_vocab_size
 from dataloader import get_tokenizer
 from hf import BD3LM, BD3LMConfig
 from hf.model_card import model_card, read_results
@@ -148,7 +149,7 @@ def find_tokenizer(args: argparse.Namespace, run: DictConfig) -> PreTrainedToken
         return load_tokenizer(args.tokenizer)
     if OmegaConf.select(run, "data.tokenizer_name_or_path") is not None:
         try:
-            return get_tokenizer(run)
+            return recorded_tokenizer(run)
         except Exception as error:  # a cache, data or a Hub that is not here
             raise ValueError(
                 f"{args.checkpoint}: its tokenizer "
@@ -162,6 +163,12 @@ def find_tokenizer(args: argparse.Namespace, run: DictConfig) -> PreTrainedToken
         f"{args.checkpoint} does not say which tokenizer it was trained with; --tokenizer names "
         "it, for the published models gpt2"
     )
+
+
+def recorded_tokenizer(run: DictConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of a run; a `bpe-N` is one that its data set's cache holds."""
+    name = run.data.tokenizer_name_or_path
+    return load_tokenizer(name) if bpe_size(name) is None else get_tokenizer(data_request(run))
 
 
 def model_config(weights: Weights, tokenizer: PreTrainedTokenizerBase) -> BD3LMConfig:

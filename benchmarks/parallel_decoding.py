@@ -16,7 +16,6 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
@@ -24,13 +23,14 @@ from transformers import PreTrainedTokenizerBase
 from benchmarks.machine import description
 from benchmarks.steps import compose
 from configuration import validate
-from configuration.sampling_request import canvas_rows, sampling_options, suit_vocabulary
+from configuration.data_request import data_request
+from configuration.sampling_request import SamplingRequest, sampling_request
 from dataloader import get_tokenizer
 from diffusion import Diffusion
 from evaluation.generative_perplexity import GenerativePerplexity
 from modes.sample_eval import draw_batches, load_scorer, make_fast, to_records
 from modes.starting_weights import load_model
-from sampling.options import SamplingOptions
+from sampling.options import SamplingOptions, suit_vocabulary
 from utils import keep_freed_memory, resolve_device
 
 TOKENS_PER_STEP = (1, 2, 4, 8, 16)
@@ -62,7 +62,7 @@ def settings(options: SamplingOptions, *, block_size: int) -> dict[str, Sampling
 
 
 def measure(
-    config: DictConfig,
+    request: SamplingRequest,
     model: Diffusion,
     scorer: GenerativePerplexity,
     *,
@@ -70,12 +70,12 @@ def measure(
     setting: str,
     options: SamplingOptions,
 ) -> Figures:
-    """Sample every row of the configuration in one way, and score it."""
-    rows = canvas_rows(config, tokenizer, mask_index=model.mask_index)
+    """Sample every row of the request in one way, and score it."""
+    rows = request.canvas_rows(tokenizer, mask_index=model.mask_index)
     began, records, scoring = time.monotonic(), [], 0.0
-    for start, batch, output in draw_batches(config, model, tokenizer, rows, options=options):
+    for start, batch, output in draw_batches(request, model, tokenizer, rows, options=options):
         drawn = time.monotonic()
-        records += to_records(config, tokenizer, batch, output, first_row=start, scorer=scorer)
+        records += to_records(request, tokenizer, batch, output, first_row=start, scorer=scorer)
         scoring += time.monotonic() - drawn
     seconds = time.monotonic() - began - scoring
     tokens = sum(r.gen_lengths for r in records)
@@ -137,16 +137,17 @@ def main() -> None:
     config = compose(["mode=sample_eval", "then=[]", *arguments.overrides])
     validate(config)
     device = resolve_device(config.trainer.accelerator)
-    scorer = load_scorer(config, device)
+    request = sampling_request(config)
+    scorer = load_scorer(request, device)
     if not isinstance(scorer, GenerativePerplexity):
         parser.error(f"no scorer: {scorer or 'eval.gen_ppl_eval_model_name_or_path is null'}")
-    tokenizer = get_tokenizer(config)
+    tokenizer = get_tokenizer(data_request(config))
     model = load_model(config, tokenizer).to(device)
-    make_fast(model, config)
-    options = sampling_options(config, decode=tokenizer.decode)
+    make_fast(model, request)
+    options = dataclasses.replace(request.options, decode=tokenizer.decode)
     options = suit_vocabulary(options, vocab_size=model.backbone.config.vocab_size)
     rows = [
-        measure(config, model, scorer, tokenizer=tokenizer, setting=name, options=each)
+        measure(request, model, scorer, tokenizer=tokenizer, setting=name, options=each)
         for name, each in settings(options, block_size=config.block_size).items()
     ]
     title = f"{config.algo.name}, block size {config.block_size}, N = {config.model.length}"

@@ -17,6 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.steps import compose
 from configuration import validate
+from configuration.data_request import data_request
 from dataloader import get_dataloaders, get_tokenizer
 from utils import keep_freed_memory, resolve_device
 
@@ -33,8 +34,9 @@ def main() -> None:
     validate(config)
     torch.manual_seed(config.seed)
     device = resolve_device(config.trainer.accelerator)
-    tokenizer = get_tokenizer(config)
-    train, valid = get_dataloaders(config, tokenizer)
+    data = data_request(config)
+    tokenizer = get_tokenizer(data)
+    train, valid = get_dataloaders(data, tokenizer)
     model = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=len(tokenizer),

@@ -32,7 +32,13 @@ CONFIG_KEYS = {
 }
 KEYS = ("model_type", "vocab_size", "causal", *CONFIG_KEYS)
 MODEL_TYPES = ("bd3lm", "mdlm")
-PARAMETERIZATIONS = {"ar": "ar", "bd3lm": "subs", "mdlm": "subs", "sedd": "sedd"}
+# algo.name -> algo.parameterization
+PARAMETERIZATIONS = {
+    "ar": "ar",
+    "bd3lm": "subs",
+    "mdlm": "subs",
+    "sedd": "sedd",
+}
 _INTEGERS = (
     "vocab_size", "block_size", "model_length", "hidden_dim", "cond_dim", "n_blocks", "n_heads",
 )  # fmt: skip

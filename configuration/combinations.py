@@ -7,17 +7,10 @@ A rule yields the keys that are wrong and what is allowed instead. It reads what
 import torch
 from omegaconf import DictConfig, ListConfig
 
+from checkpointing.description import PARAMETERIZATIONS
 from configuration.resolvers import div_up, world_size
-from configuration.single_keys import Problems, Rule, is_number, lies_in, value_of
+from configuration.single_keys import SAMPLERS, Problems, Rule, is_number, lies_in, value_of
 from losses.forward_process import ClipInterval
-
-# algo.name -> (algo.parameterization, algo.sampler)
-_ALGOS = {
-    "ar": ("ar", "ar"),
-    "bd3lm": ("subs", "semi_ar"),
-    "mdlm": ("subs", "semi_ar"),
-    "sedd": ("sedd", "analytic"),
-}
 
 
 def _modes(config: DictConfig) -> set[str]:
@@ -58,9 +51,9 @@ def _head_size(config: DictConfig) -> Problems:
 def _algo_combination(config: DictConfig) -> Problems:
     """Parameterization and sampler are those of the algorithm."""
     name = config["algo"]["name"]
-    for key, allowed in zip(("parameterization", "sampler"), _ALGOS[name], strict=True):
-        if config["algo"][key] != allowed:
-            yield f"algo.{key}", f"allowed with algo.name={name} is {allowed}"
+    for key, of_algo in (("parameterization", PARAMETERIZATIONS), ("sampler", SAMPLERS)):
+        if config["algo"][key] != of_algo[name]:
+            yield f"algo.{key}", f"allowed with algo.name={name} is {of_algo[name]}"
 
 
 def _blocks_need_bd3lm(config: DictConfig) -> Problems:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, ListConfig
 
+from checkpointing.description import PARAMETERIZATIONS
 from configuration.resolvers import devices_per_node
 
 Problems = Iterator[tuple[str, str]]
@@ -17,12 +18,20 @@ Rule = Callable[[DictConfig], Problems]
 
 # --- tables of allowed values ---------------------------------------------------------------
 
+# algo.name -> algo.sampler
+SAMPLERS = {
+    "ar": "ar",
+    "bd3lm": "semi_ar",
+    "mdlm": "semi_ar",
+    "sedd": "analytic",
+}
+
 _CHOICES: dict[str, tuple[str, ...]] = {
     "mode": ("train", "ppl_eval", "sample_eval"),
-    "algo.name": ("ar", "bd3lm", "mdlm", "sedd"),
-    "algo.parameterization": ("ar", "subs", "sedd"),
+    "algo.name": tuple(SAMPLERS),
+    "algo.parameterization": tuple(dict.fromkeys(PARAMETERIZATIONS.values())),
     "algo.backbone": ("dit", "hf_dit"),
-    "algo.sampler": ("ar", "semi_ar", "analytic"),
+    "algo.sampler": tuple(dict.fromkeys(SAMPLERS.values())),
     "noise.type": ("loglinear", "square", "square_root", "log", "cosine"),
     "model.attn_backend": ("flash_attn", "auto", "flex", "sdpa"),
     "training.activation_checkpointing": ("none", "blocks"),

@@ -1,4 +1,116 @@
-"""What the sections of a training ask for."""
+"""What the sections of a training ask for: the trainer, its callbacks, where numbers are logged."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from configuration.resolvers import world_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerRequest:
+    """The sections `trainer` and `strategy`.
+
+    Attributes:
+        arguments: of Lightning's trainer, as Hydra's `instantiate` takes them.
+        strategy: likewise, of the strategy of several processes.
+        precision: Lightning's name of it.
+        world_size: processes of the run.
+    """
+
+    arguments: Mapping[str, Any]
+    strategy: Mapping[str, Any]
+    precision: str
+    world_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggerRequest:
+    """The sections `logger` and `wandb`.
+
+    Attributes:
+        name: wandb, tensorboard or csv.
+        wandb: arguments of `wandb.init`; None: no Weights & Biases.
+        save_dir: `checkpointing.save_dir`.
+        is_resumed: whether a run that finds its own id there keeps it.
+        seed: of the run, part of the default id.
+        run_config: the whole configuration, which is logged too.
+    """
+
+    name: str
+    wandb: Mapping[str, Any] | None
+    save_dir: str
+    is_resumed: bool
+    seed: int
+    run_config: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRequest:
+    """What a training needs besides its model and its rows.
+
+    Attributes:
+        trainer, loggers: see there.
+        callbacks: as Hydra's `instantiate` takes them.
+        ema: decay of the moving average; 0: none.
+        save_dir: where checkpoints go.
+        rows_per_batch: rows that all processes together take at a time.
+        seed: of the run.
+        run_config: the whole configuration.
+    """
+
+    trainer: TrainerRequest
+    loggers: LoggerRequest
+    callbacks: tuple[Mapping[str, Any], ...]
+    ema: float
+    save_dir: str
+    rows_per_batch: int
+    seed: int
+    run_config: Mapping[str, Any]
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """A configuration, or a section of one, as nested dictionaries, lists and scalars."""
+    return OmegaConf.to_container(config, resolve=True)
+
+
+def trainer_request(config: DictConfig) -> TrainerRequest:
+    """The request of a composed configuration."""
+    return TrainerRequest(
+        arguments=plain(config.trainer),
+        strategy=plain(config.strategy),
+        precision=lightning_precision(config.trainer.precision),
+        world_size=world_size(config.trainer),
+    )
+
+
+def training_request(config: DictConfig) -> TrainingRequest:
+    """The request of a composed configuration, in which the batch size is a number."""
+    trainer, run_config = trainer_request(config), plain(config)
+    return TrainingRequest(
+        trainer=trainer,
+        loggers=logger_request(config),
+        callbacks=tuple(run_config["callbacks"].values()),
+        ema=config.training.ema,
+        save_dir=config.checkpointing.save_dir,
+        rows_per_batch=config.loader.batch_size * trainer.world_size,
+        seed=config.seed,
+        run_config=run_config,
+    )
+
+
+def logger_request(config: DictConfig) -> LoggerRequest:
+    """The request of a composed configuration."""
+    return LoggerRequest(
+        name=config.logger.name,
+        wandb=None if config.wandb is None else plain(config.wandb),
+        save_dir=config.checkpointing.save_dir,
+        is_resumed=config.checkpointing.resume_from_ckpt,
+        seed=config.seed,
+        run_config=plain(config),
+    )
 
 
 def lightning_precision(precision: str | int) -> str:

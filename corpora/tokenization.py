@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 import logging
+import os
 import re
 import string
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +17,8 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from utils import absolute_path
 
 logger = logging.getLogger(__name__)
 
@@ -60,9 +63,10 @@ def load_tokenizer(
             f"data.tokenizer_name_or_path={name_or_path!r} is trained on the documents of "
             "data.train: build it with dataloader.get_tokenizer, or name the folder it was saved in"
         )
+    folder = absolute_path(name_or_path)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
-            name_or_path,
+            folder if os.path.isdir(folder) else name_or_path,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
             trust_remote_code=False,

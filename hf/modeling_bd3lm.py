@@ -15,8 +15,7 @@ from models.dit import DIT, DITConfig
 from models.masks import AttentionPattern
 from noise_schedule import get_noise
 from sampling.base import SamplerOutput
-from sampling.options import make_sampler
-from sampling.rows import draw_rows
+from sampling.generation import TextModel
 
 from .configuration_bd3lm import BD3LMConfig
 from .export import write_sources
@@ -273,9 +272,9 @@ class BD3LM(PreTrainedModel, GenerationMixin):
             max_length=max_length,
             max_new_tokens=max_new_tokens,
         )
-        sampler = make_sampler(
-            SAMPLERS[config.parameterization],
-            settings,
+        model = TextModel(
+            denoiser=self.denoiser,
+            sampler=SAMPLERS[config.parameterization],
             block_size=config.block_size,
             is_block_causal=self.is_block_diffusion,
             mask_index=config.mask_index,
@@ -286,10 +285,9 @@ class BD3LM(PreTrainedModel, GenerationMixin):
         self.eval()
         try:
             with self._precision():
-                output = draw_rows(
-                    sampler, self.denoiser, canvas,
-                    seed=seed, limits=limits, max_retries=max_retries,
-                )  # fmt: skip
+                output = model.generate(
+                    canvas, options=settings, seed=seed, limits=limits, max_retries=max_retries
+                )
         finally:
             self.train(was_training)
         return output if return_dict_in_generate else output.tokens[:, : int(limits.max())]

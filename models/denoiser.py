@@ -157,10 +157,11 @@ class Denoiser:
                 they are masked ones.
         """
         logits = self.logits(x, sigma, pattern=pattern, kv_cache=kv_cache, logits_at=at)
-        if self.parameterization == "ar" or (self.parameterization == "subs" and at is not None):
+        is_score = self.parameterization == "sedd"
+        if self.parameterization == "ar" or (at is not None and not is_score):
             return token_log_probs(logits, mask_index=self.mask_index)
         x_t = x[:, : logits.shape[1]] if at is None else x[:, : at.shape[1]][at]
-        if self.parameterization == "subs":
+        if not is_score:
             return subs_log_probs(logits, x_t=x_t, mask_index=self.mask_index)
         sigma = sigma[:, None].expand(x.shape)
         sigma = sigma[:, : logits.shape[1]] if at is None else sigma[:, : at.shape[1]][at]

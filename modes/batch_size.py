@@ -13,19 +13,15 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from configuration import validate
-from configuration.resolvers import world_size
+from configuration.training_request import trainer_request
 from diffusion import Diffusion
 from losses.forward_process import NLL
 from models.ema import ExponentialMovingAverage
 from training.trainer import bare_trainer
-from utils import get_logger
-
-logger = get_logger(__name__)
 
 # Of a GPU's memory: the rest is for what other libraries take and for fragments.
 USABLE_OF_GPU = 0.92
@@ -185,19 +181,20 @@ class BatchSizeSearch(L.Callback):
             torch.cuda.set_per_process_memory_fraction(1.0, trainer.strategy.root_device)
 
 
-def find_batch_size(config: DictConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Replace `loader.batch_size=auto` in place; gradient accumulation follows from it.
+def find_batch_size(config: DictConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The value that `loader.batch_size=auto` stands for: rows per device.
 
     Raises:
         ValueError: not even one row fits.
     """
-    sizes = divisors(config.loader.global_batch_size // world_size(config.trainer))
-    trial = copy.deepcopy(config)
-    trial.loader.batch_size = 1
-    trial.training.compile = False  # takes less memory, but compiling each size takes long
+    trial = with_batch_size(config, 1)
+    # Compiled steps take less memory, but compiling each size takes long.
+    OmegaConf.update(trial, "training.compile", False)
+    request = trainer_request(trial)
+    sizes = divisors(config.loader.global_batch_size // request.world_size)
     search = BatchSizeSearch(sizes, ema=config.training.ema)
     trainer = bare_trainer(
-        trial,
+        request,
         max_steps=0,  # the search is over before the first
         accumulate_grad_batches=1,
         callbacks=[search],
@@ -212,10 +209,11 @@ def find_batch_size(config: DictConfig, tokenizer: PreTrainedTokenizerBase) -> N
             "another model, model.length, training.activation_checkpointing=blocks, and on several "
             "devices strategy=fsdp"
         )
-    config.loader.batch_size = search.batch_size
-    validate(config)
-    logger.info(
-        "loader.batch_size=auto: %d rows per device, trainer.accumulate_grad_batches=%d",
-        search.batch_size,
-        config.trainer.accumulate_grad_batches,
-    )
+    return search.batch_size
+
+
+def with_batch_size(config: DictConfig, batch_size: int) -> DictConfig:
+    """The configuration with `loader.batch_size`; gradient accumulation follows from it."""
+    found = copy.deepcopy(config)
+    found.loader.batch_size = batch_size
+    return found

@@ -6,23 +6,27 @@ from typing import Any
 import lightning as L
 from omegaconf import DictConfig
 
+from configuration.data_request import data_request
+from configuration.training_request import plain, trainer_request
 from dataloader import get_dataloaders, get_tokenizer
 from evaluation.report import print_table
 from modes.starting_weights import load_model
 from training.manifest import config_hash
+from training.trainer import build_trainer
 from utils import absolute_path, write_text
 
 
-def ppl_eval(config: DictConfig, trainer: L.Trainer) -> str:
+def ppl_eval(config: DictConfig) -> str:
     """Likelihood of the validation set; prints a table and writes a JSON file.
 
     Returns:
         The path of the JSON file: `eval.results_path`, or ppl_eval.json in the run directory.
     """
-    tokenizer = get_tokenizer(config)
+    data, trainer = data_request(config), build_trainer(trainer_request(config))
+    tokenizer = get_tokenizer(data)
     model = load_model(config, tokenizer)
     _, loader = get_dataloaders(
-        config,
+        data,
         tokenizer,
         rank=trainer.global_rank,
         world_size=trainer.world_size,
@@ -34,11 +38,11 @@ def ppl_eval(config: DictConfig, trainer: L.Trainer) -> str:
     results["num_tokens"] = int(metrics["val/tokens"])
     results["num_rows"] = int(metrics["val/rows"])
     results |= {k: v for k, v in metrics.items() if k.startswith("valid_var")}
-    results["data"] = config.data.valid
+    results["data"] = data.valid
     results["checkpoint"] = config.eval.checkpoint_path
-    results["config_hash"] = config_hash(config)
+    results["config_hash"] = config_hash(plain(config))
     path = absolute_path(config.eval.results_path or "ppl_eval.json")
     if trainer.is_global_zero:
         write_text(path, json.dumps(results, indent=2) + "\n")
-        print_table(f"Likelihood of {config.data.valid}", results)
+        print_table(f"Likelihood of {data.valid}", results)
     return path

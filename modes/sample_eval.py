@@ -1,6 +1,8 @@
 """Samples of a trained model (`mode=sample_eval`): draw, score, print and write them."""
 
+import dataclasses
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -12,8 +14,8 @@ from rich.text import Text
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from configuration.sampling_request import canvas_rows, sampling_options, suit_vocabulary
-from configuration.training_request import lightning_precision
+from configuration.data_request import data_request
+from configuration.sampling_request import SamplingRequest, sampling_request
 from corpora.tokenization import mask_index_and_vocab_size
 from dataloader import get_tokenizer
 from diffusion import Diffusion
@@ -26,13 +28,15 @@ from evaluation.metrics import token_entropy
 from evaluation.report import print_table
 from evaluation.sample_log import SampleRecord, append_samples, make_logdir
 from models.inference import cast_matrices
+from models.masks import AttentionPattern
 from modes.starting_weights import load_model
 from sampling.base import SamplerOutput
 from sampling.live import SamplingDisplay
-from sampling.options import SamplingOptions
+from sampling.options import SamplingOptions, suit_vocabulary
 from sampling.prompts import CanvasRow, stack
 from sampling.trace import Trace
 from training.manifest import config_hash
+from training.progress import duration
 from utils import (
     absolute_path,
     get_logger,
@@ -43,18 +47,6 @@ from utils import (
 )
 
 logger = get_logger(__name__)
-
-
-def load_scorer(config: DictConfig, device: torch.device) -> GenerativePerplexity | OSError | None:
-    """The model that scores samples; None where the user wants none, the error where it fails."""
-    name = config.eval.gen_ppl_eval_model_name_or_path
-    if name is None:
-        return None
-    try:
-        return GenerativePerplexity.load(name, device=device)
-    except ScorerUnavailableError as error:
-        logger.error("Samples will be written without generative perplexity. %s", error)
-        return error
 
 
 def sample_eval(config: DictConfig) -> str | None:
@@ -71,28 +63,29 @@ def sample_eval(config: DictConfig) -> str | None:
         ScorerUnavailableError: after the samples are written, if they could not be scored.
     """
     rank, _ = process_rank()
-    tokenizer = get_tokenizer(config)
-    options = sampling_options(config, decode=tokenizer.decode)
+    request = sampling_request(config)
+    tokenizer = get_tokenizer(data_request(config))
     mask_index, vocab_size = mask_index_and_vocab_size(tokenizer)
     # What may fail for a typing error comes before what takes long.
-    rows = canvas_rows(config, tokenizer, mask_index=mask_index)
+    rows = request.canvas_rows(tokenizer, mask_index=mask_index)
+    options = dataclasses.replace(request.options, decode=tokenizer.decode)
     options = suit_vocabulary(options, vocab_size=vocab_size)
-    logdir = absolute_path(config.sampling.logdir)
+    logdir = absolute_path(request.logdir)
     make_logdir(logdir)
-    device = resolve_device(config.trainer.accelerator)
+    device = resolve_device(request.accelerator)
     model = load_model(config, tokenizer).to(device)
-    make_fast(model, config)
-    scorer = load_scorer(config, device)
+    make_fast(model, request)
+    scorer = load_scorer(request, device)
     records: list[SampleRecord] = []
     path = None
     began = time.monotonic()
-    for start, batch, output in draw_batches(config, model, tokenizer, rows, options=options):
-        fresh = to_records(config, tokenizer, batch, output, first_row=start, scorer=scorer)
+    for start, batch, output in draw_batches(request, model, tokenizer, rows, options=options):
+        fresh = to_records(request, tokenizer, batch, output, first_row=start, scorer=scorer)
         path = append_samples(logdir, fresh)
         for number, record in enumerate(fresh, start=start + 1):
             Console().print(Panel(Text(record.samples), title=f"sample {number}"))
         records += fresh
-    warn_of_rejected(config, records)
+    warn_of_rejected(request, records)
     if rank == 0:
         print_table("Samples", summary(records, seconds=time.monotonic() - began))
     logger.info("Samples are in %s", logdir)
@@ -101,7 +94,20 @@ def sample_eval(config: DictConfig) -> str | None:
     return path
 
 
-def warn_of_rejected(config: DictConfig, records: Sequence[SampleRecord]) -> None:
+def load_scorer(
+    request: SamplingRequest, device: torch.device
+) -> GenerativePerplexity | OSError | None:
+    """The model that scores samples; None where the user wants none, the error where it fails."""
+    if request.scorer is None:
+        return None
+    try:
+        return GenerativePerplexity.load(request.scorer, device=device)
+    except ScorerUnavailableError as error:
+        logger.error("Samples will be written without generative perplexity. %s", error)
+        return error
+
+
+def warn_of_rejected(request: SamplingRequest, records: Sequence[SampleRecord]) -> None:
     """Say how many samples still have too little entropy."""
     number = sum(not record.extra["accepted"] for record in records)
     if number:
@@ -110,13 +116,13 @@ def warn_of_rejected(config: DictConfig, records: Sequence[SampleRecord]) -> Non
             "sampling.max_retries=%d further attempts; `accepted` in samples.jsonl says which",
             number,
             len(records),
-            config.sampling.min_entropy,
-            config.sampling.max_retries,
+            request.options.min_entropy,
+            request.max_retries,
         )
 
 
 def draw_batches(
-    config: DictConfig,
+    request: SamplingRequest,
     model: Diffusion,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[CanvasRow],
@@ -128,51 +134,53 @@ def draw_batches(
     Shows how far it is, and keeps the page of `sampling.trace` up to date.
     """
     rank, world_size = process_rank()
-    size = config.loader.eval_batch_size
+    size = request.batch_size
     batches = {i: rows[i : i + size] for i in range(rank * size, len(rows), world_size * size)}
     trace = None
-    if config.sampling.trace is not None:
-        stem, extension = os.path.splitext(config.sampling.trace)
-        trace_path = f"{stem}.rank{rank}{extension}" if rank else config.sampling.trace
-        title = f"{config.algo.name}, block size {config.block_size}: how the text came about"
+    if request.trace is not None:
+        stem, extension = os.path.splitext(request.trace)
+        trace_path = f"{stem}.rank{rank}{extension}" if rank else request.trace
+        title = f"{request.title}: how the text came about"
         trace = Trace(title=title, decode=tokenizer.decode)
     display = SamplingDisplay(
         [row for batch in batches.values() for row in batch],
         mask_index=model.mask_index,
         decode=tokenizer.decode,
-        shows_rows=config.sampling.live,
+        shows_rows=request.live,
         is_quiet=rank > 0,
     )
     with display:
-        for start, batch in batches.items():
-            on_step = display.begin(batch)
+        for number, (start, batch) in enumerate(batches.items(), start=1):
+            on_step, began = display.begin(batch), time.monotonic()
             output = draw(
-                config, model, batch, options=options, first_row=start, on_step=on_step
+                request, model, batch, options=options, first_row=start, on_step=on_step
             )
+            if not sys.stderr.isatty():  # in the log of a batch job
+                seconds = time.monotonic() - began
+                logger.info(
+                    "samples, batch %d of %d: %d texts in %s, %d forward passes",
+                    number, len(batches), len(batch), duration(seconds),
+                    int(output.num_forward_passes.max()),
+                )  # fmt: skip
             if trace is not None and trace.add(output, first_row=start):
                 write_text(trace_path, trace.page())
             yield start, batch, output
 
 
-def make_fast(model: Diffusion, config: DictConfig) -> None:
+def make_fast(model: Diffusion, request: SamplingRequest) -> None:
     """Prepare a model that only samples from now on, as `sampling.compile` and the precision say.
 
     Done once: a network that is compiled anew for each batch would be slower than one that is not.
     """
-    if is_bf16(config):
-        cast_matrices(model.backbone, torch.bfloat16, packs=not config.sampling.compile)
-    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=is_bf16(config)):
-        model.denoiser = model.denoiser.for_sampling(compiled=config.sampling.compile)
+    if request.is_bf16:
+        cast_matrices(model.backbone, torch.bfloat16, packs=not request.compile)
+    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=request.is_bf16):
+        model.denoiser = model.denoiser.for_sampling(compiled=request.compile)
     keep_freed_memory_for_sampling()  # the float32 weights are gone
 
 
-def is_bf16(config: DictConfig) -> bool:
-    """Whether matrix products run in bf16."""
-    return lightning_precision(config.trainer.precision).startswith("bf16")
-
-
 def draw(
-    config: DictConfig,
+    request: SamplingRequest,
     model: Diffusion,
     batch: Sequence[CanvasRow],
     *,
@@ -182,25 +190,26 @@ def draw(
 ) -> SamplerOutput:
     """Complete a batch of rows in the precision of `trainer.precision`."""
     # Beyond its context mdlm goes on by half a window, which is its block there.
-    is_long = max(row.limit for row in batch) > model.block_size and not config.algo.cross_attn
+    in_blocks = model.pattern is AttentionPattern.BLOCK_DIFFUSION
+    is_long = max(row.limit for row in batch) > model.block_size and not in_blocks
     unit = max(1, model.block_size // 2) if is_long else model.block_size
     canvas, limits = stack(
         batch, block_size=unit, mask_index=model.mask_index, device=model.device
     )
-    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=is_bf16(config)):
+    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=request.is_bf16):
         return model.generate(
             canvas,
             limits=limits,
             options=options,
-            seed=config.seed,
+            seed=request.seed,
             first_row=first_row,
-            max_retries=config.sampling.max_retries,
+            max_retries=request.max_retries,
             on_step=on_step,
         )
 
 
 def to_records(
-    config: DictConfig,
+    request: SamplingRequest,
     tokenizer: PreTrainedTokenizerBase,
     batch: Sequence[CanvasRow],
     output: SamplerOutput,
@@ -213,9 +222,10 @@ def to_records(
     texts = [tokenizer.decode(row) for row in rows]
     scores: Sequence[SampleScore | None] = [None] * len(rows)
     if isinstance(scorer, GenerativePerplexity):
-        window_batch = config.eval.perplexity_batch_size
-        scores = scorer.score(texts, max_length=config.model.length, batch_size=window_batch)
-    checkpoint, digest = config.eval.checkpoint_path, config_hash(config)
+        scores = scorer.score(
+            texts, max_length=request.length, batch_size=request.scorer_batch_size
+        )
+    digest = config_hash(request.run_config)
     return [
         SampleRecord(
             samples=texts[i],
@@ -224,13 +234,13 @@ def to_records(
             gen_nfes=int(output.num_forward_passes[i]),
             gen_nfes_paper=int(output.num_denoising_passes[i]),
             gen_lengths=len(rows[i]),
-            seed=config.seed,
+            seed=request.seed,
             extra={
                 "row": first_row + i,
                 "new_tokens": int((output.revealed_at[i, : len(rows[i])] > 0).sum()),
                 "accepted": bool(output.accepted[i]),
                 "source": batch[i].source,
-                "checkpoint": checkpoint,
+                "checkpoint": request.checkpoint,
                 "config_hash": digest,
             },
         )

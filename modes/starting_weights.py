@@ -1,12 +1,13 @@
 """Models with weights from files: to evaluate, or to begin a training with."""
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
 from checkpointing.compatibility import check_same_model, check_sizes, print_what_changes
 from checkpointing.description import from_run_config
 from checkpointing.loading import load_weights
 from checkpointing.weights import Weights, read_weights
+from configuration.weights_request import WeightsRequest, weights_to_evaluate, weights_to_train
 from corpora.tokenization import mask_index_and_vocab_size
 from diffusion import Diffusion
 
@@ -18,13 +19,11 @@ def load_model(config: DictConfig, tokenizer: PreTrainedTokenizerBase) -> Diffus
         ValueError: it was trained as another model or with another block size, or its weights do
             not fit.
     """
-    weights = _read_fitting_weights(config, tokenizer, key="eval.checkpoint_path")
+    request = weights_to_evaluate(config)
+    weights = read_fitting_weights(request, tokenizer)
     model = Diffusion(config, tokenizer)
     load_weights(
-        model,
-        weights,
-        use_ema=not config.eval.disable_ema,
-        allow_missing=config.eval.allow_missing,
+        model, weights, use_ema=request.use_ema, allow_missing=request.allow_missing
     )
     return model.eval()
 
@@ -37,36 +36,30 @@ def new_model(config: DictConfig, tokenizer: PreTrainedTokenizerBase) -> Diffusi
     Raises:
         ValueError: its weights do not fit.
     """
-    if config.training.from_pretrained is None:
+    request = weights_to_train(config)
+    if request is None:
         return Diffusion(config, tokenizer)
-    weights = _read_fitting_weights(config, tokenizer, key="training.from_pretrained")
+    weights = read_fitting_weights(request, tokenizer).without_clipped_range()
     model = Diffusion(config, tokenizer)
     load_weights(
-        model,
-        weights.without_clipped_range(),
-        use_ema=False,
-        allow_missing=config.eval.allow_missing,
+        model, weights, use_ema=request.use_ema, allow_missing=request.allow_missing
     )
     return model
 
 
-def _read_fitting_weights(
-    config: DictConfig, tokenizer: PreTrainedTokenizerBase, *, key: str
-) -> Weights:
-    """The weights that a key names, once their description suits the run."""
-    weights = read_weights(OmegaConf.select(config, key))
+def read_fitting_weights(request: WeightsRequest, tokenizer: PreTrainedTokenizerBase) -> Weights:
+    """The weights that are asked for, once their description suits the run.
+
+    Raises:
+        ValueError: it does not.
+    """
+    weights, key = read_weights(request.source), request.key
     _, vocab_size = mask_index_and_vocab_size(tokenizer)
-    wanted = from_run_config(
-        OmegaConf.to_container(config, resolve=True), vocab_size=vocab_size
-    )
-    if key == "eval.checkpoint_path":
-        check_same_model(weights, wanted, key=key, any_block_size=config.eval.any_block_size)
+    wanted = from_run_config(request.run_config, vocab_size=vocab_size)
+    if request.any_block_size is not None:
+        check_same_model(weights, wanted, key=key, any_block_size=request.any_block_size)
     check_sizes(
-        weights,
-        wanted,
-        key=key,
-        tokenizer=config.data.tokenizer_name_or_path,
-        allow_missing=config.eval.allow_missing,
+        weights, wanted, key=key, tokenizer=request.tokenizer, allow_missing=request.allow_missing
     )
     print_what_changes(weights, wanted, key=key)
     return weights

@@ -1,7 +1,7 @@
 """Autoregressive sampling, token by token."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,31 +11,17 @@ from models.kv_cache import KVCache
 from models.masks import AttentionPattern
 
 from .base import Generators, Progress, SamplerOutput, uniform
-from .decoding import Decoding
+from .blockwise import CONTEXT_WINDOW, BlockwiseSampler
 from .reveal import NOT_MASKED
-from .semi_ar import CONTEXT_WINDOW
-from .stopping import StopRule
 
 STOP_EVERY = 16  # tokens between two looks at the stop rule
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutoregressiveSampler:
-    """Draws each token given the ones before it.
+class AutoregressiveSampler(BlockwiseSampler):
+    """Draws each token given the ones before it; arguments as in `BlockwiseSampler`."""
 
-    Args:
-        mask_index: id of the mask token, which marks what is to be drawn.
-        pad_index: what stands behind the end of a row that stopped.
-        decoding: how tokens are drawn.
-        stop: when a row ends.
-        use_cache: keep keys and values of the text so far.
-    """
-
-    mask_index: int
-    pad_index: int
-    decoding: Decoding = field(default_factory=Decoding)
-    stop: StopRule = field(default_factory=StopRule)
-    use_cache: bool = False
+    pattern: AttentionPattern = AttentionPattern.CAUSAL
 
     @torch.no_grad()
     def sample(
@@ -49,13 +35,8 @@ class AutoregressiveSampler:
     ) -> SamplerOutput:
         """See `Sampler.sample`. Given tokens behind a gap do not influence it."""
         length = canvas.shape[1]
-        progress = Progress(
-            canvas, mask_index=self.mask_index, limits=limits, on_step=on_step
-        )
+        progress, cache = self.begin(denoise, canvas, limits=limits, on_step=on_step)
         u = uniform((len(canvas), length), device=canvas.device, generator=generator)
-        cache = None
-        if self.use_cache:
-            cache = denoise.make_cache(len(canvas), capacity=self.cache_capacity(length))
         for position in range(1, length):
             at = progress.to_fill(position, position + 1)  # (B, 1)
             if at.any():
@@ -96,19 +77,12 @@ class AutoregressiveSampler:
         first = max(0, start - CONTEXT_WINDOW)
         if cache is not None:
             while start > cache.capacity and cache.num_tokens < start - 1:
-                self._store_one(denoise, progress, cache)
+                # Given tokens beyond the window, where passes cannot carry several.
+                self.store(denoise, progress, cache, num_tokens=1)
             first = cache.num_tokens
         window = progress.x[:, first:start]
         at = torch.nn.functional.pad(at, (window.shape[1] - 1, 0))
-        log_p = denoise(window, pattern=AttentionPattern.CAUSAL, kv_cache=cache, at=at)
+        log_p = denoise(window, pattern=self.pattern, kv_cache=cache, at=at)
         if cache is not None:
             cache.commit(window.shape[1])
         return log_p
-
-    def _store_one(self, denoise: Denoiser, progress: Progress, cache: KVCache) -> None:
-        """Store one given token beyond the window, where passes cannot carry several."""
-        token = progress.x[:, cache.num_tokens : cache.num_tokens + 1]
-        nowhere = torch.zeros_like(token, dtype=torch.bool)
-        denoise(token, pattern=AttentionPattern.CAUSAL, kv_cache=cache, at=nowhere)
-        cache.commit(1)
-        progress.count_storing_pass()

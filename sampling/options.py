@@ -1,10 +1,11 @@
 """All that a user may ask of a sampler, and the sampler that does it."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from models.masks import AttentionPattern
 from noise_schedule import Noise
+from utils import get_logger
 
 from .analytic import AnalyticSampler
 from .ar import AutoregressiveSampler
@@ -13,6 +14,8 @@ from .decoding import NUCLEUS_RULES, Decoding
 from .particles import ParticleSampler
 from .semi_ar import SemiAutoregressiveSampler
 from .stopping import Decode, StopRule
+
+logger = get_logger(__name__)
 
 # Below this many symbols ordinary text has less entropy than the paper's bound of 4 nats, which is
 # meant for GPT-2's 50,257.
@@ -137,6 +140,19 @@ def _is_size(value: object) -> bool:
 
 def _is_share(value: object) -> bool:
     return _is_size(value) and 0 < value <= 1
+
+
+def suit_vocabulary(options: SamplingOptions, *, vocab_size: int) -> SamplingOptions:
+    """The options without the entropy rule where the vocabulary is too small for it."""
+    if options.min_entropy is None or vocab_size >= SMALL_VOCABULARY:
+        return options
+    logger.warning(
+        "sampling.min_entropy=%s is off: it is made for large vocabularies, and ordinary text of "
+        "%d symbols may have less entropy; sampling.min_entropy=null says so without a warning",
+        options.min_entropy,
+        vocab_size,
+    )
+    return replace(options, min_entropy=None)
 
 
 def make_sampler(

@@ -23,10 +23,9 @@ from torch import Tensor
 from models.denoiser import Denoiser
 from models.kv_cache import KVCache
 
-from .ar import AutoregressiveSampler
 from .base import Generators, Progress, SamplerOutput, uniform
+from .blockwise import BlockwiseSampler
 from .decoding import categorical
-from .semi_ar import SemiAutoregressiveSampler
 
 
 class Particles(Progress):
@@ -115,7 +114,7 @@ class ParticleSampler:
         num_particles: K; memory and work are those of K rows for each row.
     """
 
-    inner: SemiAutoregressiveSampler | AutoregressiveSampler
+    inner: BlockwiseSampler
     num_particles: int
 
     @torch.no_grad()
@@ -137,10 +136,7 @@ class ParticleSampler:
             limits=limits,
             on_step=on_step,
         )
-        cache = None
-        if inner.use_cache:
-            capacity = inner.cache_capacity(length)
-            cache = denoise.make_cache(len(particles.x), capacity=capacity)
+        cache = inner.make_cache(denoise, len(particles.x), length=length)
         u_pick = uniform((len(canvas), 1), device=canvas.device, generator=generator)
         ends = [0]
         while ends[-1] < length and particles.is_active.any():

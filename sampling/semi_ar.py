@@ -10,7 +10,7 @@ values are those of the time when they were stored: each still carries what its 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,40 +20,27 @@ from models.kv_cache import KVCache
 from models.masks import AttentionPattern
 
 from .base import Generators, Progress, SamplerOutput, uniform
-from .decoding import Decoding
+from .blockwise import CONTEXT_WINDOW, BlockwiseSampler
 from .reveal import confident, on_time_grid, one_by_one
-from .stopping import StopRule
-
-CONTEXT_WINDOW = 1024  # tokens that the network sees at most
 
 
 @dataclass(frozen=True, kw_only=True)
-class SemiAutoregressiveSampler:
+class SemiAutoregressiveSampler(BlockwiseSampler):
     """Fills one block of masks after another.
 
     Args:
+        mask_index, pad_index, decoding, stop, use_cache: see `BlockwiseSampler`.
+        pattern: `BLOCK_CAUSAL` (bd3lm, which alone may use a cache) or `FULL` (mdlm).
         block_size: tokens per block.
-        mask_index: id of the mask token.
-        pad_index: what stands behind the end of a row that stopped.
-        pattern: `BLOCK_CAUSAL` (bd3lm) or `FULL` (mdlm).
-        decoding: how tokens are drawn.
-        stop: when a row ends.
         num_steps: None for first-hitting; otherwise T, ancestral steps per block.
         tokens_per_step: with first-hitting, masks revealed together; 1 is exact.
         confidence_threshold: reveal whatever is at least this probable instead; None does not.
-        use_cache: keep keys and values of finished blocks (bd3lm).
     """
 
     block_size: int
-    mask_index: int
-    pad_index: int
-    pattern: AttentionPattern
-    decoding: Decoding = field(default_factory=Decoding)
-    stop: StopRule = field(default_factory=StopRule)
     num_steps: int | None = None
     tokens_per_step: int = 1
     confidence_threshold: float | None = None
-    use_cache: bool = False
 
     @torch.no_grad()
     def sample(
@@ -67,16 +54,11 @@ class SemiAutoregressiveSampler:
     ) -> SamplerOutput:
         """See `Sampler.sample`."""
         length = canvas.shape[1]
-        progress = Progress(
-            canvas, mask_index=self.mask_index, limits=limits, on_step=on_step
-        )
-        cache = None
-        if self.use_cache:
-            cache = denoise.make_cache(len(canvas), capacity=self.cache_capacity(length))
+        progress, cache = self.begin(denoise, canvas, limits=limits, on_step=on_step)
         start = 0
         while start < length and progress.is_active.any():
             end = self.end_of_block(start, length=length)
-            self._fill(denoise, progress, cache, start=start, end=end, generator=generator)
+            self.fill(denoise, progress, cache, start=start, end=end, generator=generator)
             self.stop.apply(progress, end=end)
             start = end
         return progress.output(pad_index=self.pad_index)
@@ -97,7 +79,7 @@ class SemiAutoregressiveSampler:
         limit = self.block_size if self.pattern is AttentionPattern.FULL else CONTEXT_WINDOW
         return max(0, end - max(limit, self.block_size))
 
-    def _fill(
+    def fill(
         self,
         denoise: Denoiser,
         progress: Progress,
@@ -180,9 +162,5 @@ class SemiAutoregressiveSampler:
         A pass may carry them along as long as nothing has to leave the cache for it.
         """
         while cache.num_tokens < start and end > cache.capacity:
-            block = progress.x[:, cache.num_tokens : cache.num_tokens + self.block_size]
-            nowhere = torch.zeros_like(block, dtype=torch.bool)
-            denoise(block, pattern=self.pattern, kv_cache=cache, at=nowhere)
-            cache.commit(self.block_size)
-            progress.count_storing_pass()
+            self.store(denoise, progress, cache, num_tokens=self.block_size)
         return cache.num_tokens

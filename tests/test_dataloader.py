@@ -9,6 +9,7 @@ import pytest
 import torch
 from omegaconf import DictConfig
 
+from configuration.data_request import data_request
 from dataloader import get_dataloaders, get_tokenizer
 
 NO_SPECIALS = [
@@ -17,7 +18,7 @@ NO_SPECIALS = [
 
 
 def loaders(config: DictConfig, **options):
-    return get_dataloaders(config, get_tokenizer(config), **options)
+    return get_dataloaders(data_request(config), get_tokenizer(data_request(config)), **options)
 
 
 def rows(loader, batches: int | None = None) -> list[tuple[int, ...]]:
@@ -91,7 +92,7 @@ def assert_resumes(config: DictConfig, *, after: int) -> None:
 
 def test_without_wrapping_each_document_is_padded(local_config, gpt2, tmp_path: Path):
     (tmp_path / "valid.txt").write_text("Hello there\nA " + "long " * 40 + "line\n")
-    _, valid = get_dataloaders(local_config("data.wrap=false"), gpt2, skip_train=True)
+    _, valid = get_dataloaders(data_request(local_config("data.wrap=false")), gpt2, skip_train=True)
     (batch,) = valid
     assert batch["input_ids"][0].tolist() == [50256, 15496, 612, 50256] + [50256] * 12
     assert batch["attention_mask"].sum(1).tolist() == [4, 16]
@@ -122,7 +123,7 @@ def test_crop(data_config: Callable[..., DictConfig], tmp_path: Path):
     text = "".join(chr(ord("a") + i % 26) for i in range(20_000))
     (tmp_path / "text8").write_text(text)
     config = data_config("data=text8-crop", f"data.path={tmp_path}/text8")
-    tokenizer = get_tokenizer(config)
+    tokenizer = get_tokenizer(data_request(config))
     train, valid = loaders(config)
     assert len(train.dataset) == 18_000 // 32
     epochs = [epoch * len(train.dataset) for epoch in range(20)]

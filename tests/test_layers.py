@@ -23,8 +23,8 @@ FLOOR_OF = {room: len(FLOORS) - i for i, floor in enumerate(FLOORS) for room in 
 # What must stay usable without these packages. The configuration stops at the modes: below them
 # nobody sees an OmegaConf container, `Diffusion` and what reads the sections aside.
 ABSENT = {
-    "omegaconf": set(FLOOR_OF) - {"main", "benchmarks", "modes", "diffusion", "configuration"},
-    "hydra": set(FLOOR_OF) - {"main", "benchmarks", "diffusion", "training"},
+    "omegaconf": set(FLOOR_OF) - {*FLOORS[0], "modes", "diffusion", "configuration"},
+    "hydra": set(FLOOR_OF) - {*FLOORS[0], "diffusion", "training"},
     "lightning": {
         "configuration", "evaluation", "sampling", "losses", "models", "corpora", "hf",
         "noise_schedule", "utils",

@@ -22,12 +22,11 @@ from checkpointing.weights import read_weights
 from corpora.tokenization import load_tokenizer
 from diffusion import Diffusion
 from hf import BD3LM
+from tests.helpers.elsewhere import outside
 from tests.helpers.places import PROJECT
 from tests.helpers.references import generator
 from tests.helpers.small_run import ALGOS
-from tests.helpers.twins import twins
-from tests.hf.test_export import outside
-from tests.hf.test_modeling_bd3lm import tiny
+from tests.helpers.twins import tiny, twins
 from tests.parity.rows import load_golden
 
 RESULTS = {
@@ -170,9 +169,9 @@ def test_round_trip_to_the_lightning_module(algo, checkpoint, compose, tmp_path)
     assert torch.equal(converted(x).logits, exported(x).logits)
 
 
-def test_readme_s_commands_parse():
-    """Flags of every `python push_to_hf.py` in the README."""
-    text = (PROJECT / "README.md").read_text().replace("\\\n", " ")
+def test_commands_of_the_page_parse():
+    """Flags of every `python push_to_hf.py` in docs/weights.md."""
+    text = (PROJECT / "docs/weights.md").read_text().replace("\\\n", " ")
     commands = re.findall(r"^python push_to_hf.py (.*)", text, flags=re.MULTILINE)
     assert len(commands) >= 2
     for command in commands:

@@ -2,12 +2,13 @@
 
 import os
 import uuid
+from typing import Any
 
 import fsspec
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig, OmegaConf
 
+from configuration.training_request import LoggerRequest
 from utils import file_exists, get_logger, write_text
 
 logger = get_logger(__name__)
@@ -16,20 +17,18 @@ logger = get_logger(__name__)
 _WANDB_FINISH_TIMEOUT = 60
 
 
-def build_loggers(config: DictConfig) -> list[Logger]:
+def build_loggers(request: LoggerRequest) -> list[Logger]:
     """The CSV file, and what `logger` asks for; `wandb=null` leaves out Weights & Biases.
 
     Args:
-        config: the composed configuration; the working directory is the run's.
+        request: the sections `logger` and `wandb`; the working directory is the run's.
     """
     loggers: list[Logger] = [CSVLogger(os.getcwd(), name="metrics")]
-    name = config.logger.name
-    if name == "wandb" and config.wandb is not None:
-        loggers.append(_wandb_logger(wandb_arguments(config)))
-    if name == "tensorboard":
+    if request.name == "wandb" and request.wandb is not None:
+        loggers.append(_wandb_logger(wandb_arguments(request)))
+    if request.name == "tensorboard":
         # A run that goes on writes beside its earlier events, and TensorBoard joins them.
-        save_dir = config.checkpointing.save_dir
-        loggers.append(TensorBoardLogger(save_dir, name="tensorboard", version=""))
+        loggers.append(TensorBoardLogger(request.save_dir, name="tensorboard", version=""))
     return loggers
 
 
@@ -48,7 +47,7 @@ def _wandb_logger(arguments: dict) -> WandbLogger:
     return found
 
 
-def wandb_arguments(config: DictConfig) -> dict:
+def wandb_arguments(request: LoggerRequest) -> dict[str, Any]:
     """The section `wandb`, the configuration and the run's id; offline without an API key.
 
     Where the server goes away during the run, training goes on and wandb keeps what it could not
@@ -56,9 +55,7 @@ def wandb_arguments(config: DictConfig) -> dict:
     """
     import wandb
 
-    arguments = OmegaConf.to_container(config.wandb, resolve=True)
-    arguments["config"] = OmegaConf.to_container(config, resolve=True)
-    arguments["id"] = wandb_id(config)
+    arguments = {**request.wandb, "config": request.run_config, "id": wandb_id(request)}
     if "WANDB_FINISH_TIMEOUT" not in os.environ:
         settings = arguments.get("settings") or {}
         arguments["settings"] = {"finish_timeout": _WANDB_FINISH_TIMEOUT} | settings
@@ -70,18 +67,18 @@ def wandb_arguments(config: DictConfig) -> dict:
     return arguments
 
 
-def wandb_id(config: DictConfig) -> str:
+def wandb_id(request: LoggerRequest) -> str:
     """The run's id, kept in `wandb_id.txt` of `checkpointing.save_dir`.
 
     A training that goes on keeps its id, whatever its command says by then. The default id is
     made of `wandb.name` and the seed; a run without a name gets one that no other run has.
     """
-    path = f"{config.checkpointing.save_dir}/wandb_id.txt"
-    if config.checkpointing.resume_from_ckpt and file_exists(path):
+    path = f"{request.save_dir}/wandb_id.txt"
+    if request.is_resumed and file_exists(path):
         with fsspec.open(path, "r", encoding="utf-8") as file:
             return file.read().strip()
-    found = config.wandb.id
-    if found is None or found == f"None_{config.seed}":
+    found = request.wandb["id"]
+    if found is None or found == f"None_{request.seed}":
         found = uuid.uuid4().hex[:8]
     if rank_zero_only.rank == 0:  # the others log nothing, under any id
         write_text(path, f"{found}\n")

@@ -9,13 +9,13 @@ import platform
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import lightning as L
 import torch
-from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 
 from corpora.row_datasets import PackedRows
@@ -44,17 +44,17 @@ class RunManifest(L.Callback):
 
     Args:
         path: of the file, any place fsspec reaches.
-        config: the composed configuration.
+        run_config: the whole configuration.
     """
 
-    def __init__(self, path: str, config: DictConfig):
+    def __init__(self, path: str, run_config: Mapping[str, Any]):
         self.path = path
-        self.config = config
+        self.run_config = run_config
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        commit, digest = git_commit(), config_hash(self.config)
+        commit, digest = git_commit(), config_hash(self.run_config)
         start = {
             "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "step": trainer.global_step,
@@ -80,7 +80,7 @@ class RunManifest(L.Callback):
                 "valid": describe_rows(trainer.val_dataloaders),
             },
             "history": [*self._history(), start],
-            "config": OmegaConf.to_container(self.config, resolve=True),
+            "config": self.run_config,
         }
         write_text(self.path, json.dumps(manifest, indent=2) + "\n")
 
@@ -91,10 +91,10 @@ class RunManifest(L.Callback):
             return json.load(file)["history"]
 
 
-def config_hash(config: DictConfig) -> str:
-    """Sixteen hex digits of the resolved configuration."""
-    resolved = json.dumps(OmegaConf.to_container(config, resolve=True), sort_keys=True)
-    return hashlib.sha256(resolved.encode()).hexdigest()[:16]
+def config_hash(run_config: Mapping[str, Any]) -> str:
+    """Sixteen hex digits of a configuration."""
+    text = json.dumps(run_config, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def describe_rows(loader: DataLoader | None) -> dict[str, Any] | None:

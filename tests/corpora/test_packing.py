@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from omegaconf import DictConfig
 
+from configuration.data_request import data_request
 from corpora import packing
 from corpora.packing import RowMaker, map_in_order, pack, pad
 from corpora.tokenization import load_tokenizer
@@ -107,7 +108,7 @@ def test_rows_equal_the_recorded_ones(
         f"+data.insert_valid_special={insert_special}",
     )
     tokenizer = request.getfixturevalue(tokenizer)
-    _, loader = get_dataloaders(config, tokenizer, skip_train=True)
+    _, loader = get_dataloaders(data_request(config), tokenizer, skip_train=True)
     rows = np.concatenate([batch["input_ids"].numpy() for batch in loader])
     assert len(rows) == entry["rows"]
     assert rows[0, : len(entry["first"])].tolist() == entry["first"]
@@ -119,7 +120,8 @@ def test_remainder_of_each_thousand_documents_is_dropped(local_config, tmp_path:
     """Surprising, and kept: published numbers depend on it."""
     (tmp_path / "train.txt").write_text("ab\n" * 2_500)
     config = local_config("data.tokenizer_name_or_path=bytes", "loader.batch_size=1")
-    train, _ = get_dataloaders(config, get_tokenizer(config), skip_valid=True)
+    data = data_request(config)
+    train, _ = get_dataloaders(data, get_tokenizer(data), skip_valid=True)
     assert len(train.dataset) == 2 * (3 * 1_000 // 14) + 3 * 500 // 14
 
 

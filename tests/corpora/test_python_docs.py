@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from omegaconf import DictConfig
 
+from configuration.data_request import data_request
 from corpora import python_docs
 from dataloader import get_dataloaders, get_tokenizer
 
@@ -48,7 +49,7 @@ def f():
 
 def test_loads_without_network_or_download(data_config: Callable[..., DictConfig]):
     config = data_config("data=python_docs", "model.length=128")
-    tokenizer = get_tokenizer(config)
-    train, valid = get_dataloaders(config, tokenizer)
+    tokenizer = get_tokenizer(data_request(config))
+    train, valid = get_dataloaders(data_request(config), tokenizer)
     assert len(tokenizer) == 1024
     assert len(train.dataset) > 3_000 and len(valid.dataset) > 100

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from omegaconf import DictConfig
 
+from configuration.data_request import data_request
 from corpora.registry import DATASETS
 from corpora.tokenization import load_tokenizer
 from dataloader import get_dataloaders, get_tokenizer
@@ -46,8 +47,8 @@ ON_THE_HUB = {
 
 def valid_text(config: DictConfig) -> str:
     """The validation rows as one text (bytes tokenizer, no special tokens)."""
-    tokenizer = get_tokenizer(config)
-    _, loader = get_dataloaders(config, tokenizer, skip_train=True)
+    tokenizer = get_tokenizer(data_request(config))
+    _, loader = get_dataloaders(data_request(config), tokenizer, skip_train=True)
     return "".join(tokenizer.decode(row) for batch in loader for row in batch["input_ids"])
 
 
@@ -104,8 +105,8 @@ def test_streaming_from_the_hub(
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     config = data_config(f"data={data}", "data.streaming=true", BYTES)
-    tokenizer = get_tokenizer(config)
-    train, _ = get_dataloaders(config, tokenizer, skip_valid=True)
+    tokenizer = get_tokenizer(data_request(config))
+    train, _ = get_dataloaders(data_request(config), tokenizer, skip_valid=True)
     assert "ord" in tokenizer.decode(next(iter(train))["input_ids"][0])
     assert (asked["split"], asked["streaming"]) == (split, is_streamed)
 
@@ -159,7 +160,7 @@ def test_text8_is_cut_90_5_5(
             archive.writestr("text8", text)
     config = data_config("data=text8", f"data.path={path}", "model.length=64")
     tokenizer = load_tokenizer("text8")
-    train, valid = get_dataloaders(config, tokenizer)
+    train, valid = get_dataloaders(data_request(config), tokenizer)
     length = len(text)
     assert len(train.dataset) == length * 18 // 20 // 64
     rows = [tokenizer.decode(row) for batch in valid for row in batch["input_ids"]]
@@ -186,8 +187,8 @@ def test_last_hundred_thousand_documents_of_openwebtext_are_its_validation_set(
         BYTES,
         *special,
     )
-    tokenizer = get_tokenizer(config)
-    train, valid = get_dataloaders(config, tokenizer)
+    tokenizer = get_tokenizer(data_request(config))
+    train, valid = get_dataloaders(data_request(config), tokenizer)
     found = {tokenizer.decode(row["input_ids"]) for row in (train.dataset[i] for i in range(50))}
     assert len(train.dataset) == 50 and found == {f"{i:06d}" for i in range(50)}
     assert len(valid.dataset) == 100_000
@@ -213,8 +214,8 @@ def test_paths_of_two_different_sets(data_config: Callable[..., DictConfig], tmp
         f"data.valid_path={tmp_path}/wiki",
         BYTES,
     )
-    tokenizer = get_tokenizer(config)
-    train, valid = get_dataloaders(config, tokenizer)
+    tokenizer = get_tokenizer(data_request(config))
+    train, valid = get_dataloaders(data_request(config), tokenizer)
     assert "web" in tokenizer.decode(next(iter(train))["input_ids"][0])
     assert tokenizer.decode(next(iter(valid))["input_ids"][0]).startswith("[BOS] valid-text\n")
 
@@ -246,7 +247,7 @@ def test_one_file_for_both_roles_is_an_error(
     (tmp_path / "all.txt").write_text("some text\n" * 100)
     config = data_config("data=wikitext2", f"data.path={tmp_path}/all.txt", BYTES)
     with pytest.raises(ValueError, match="training and the validation set at once"):
-        get_dataloaders(config, get_tokenizer(config))
+        get_dataloaders(data_request(config), get_tokenizer(data_request(config)))
     assert "some text" in valid_text(config)  # evaluation alone may name one file
 
 
@@ -269,6 +270,6 @@ def test_local_copies_of_every_text_set(
         ("lm1b-wrap", data / "lm1b", bert),
     ]:
         config = data_config(f"data={group}", f"data.path={path}", "model.length=128")
-        _, loader = get_dataloaders(config, tokenizer, skip_train=True)
+        _, loader = get_dataloaders(data_request(config), tokenizer, skip_train=True)
         for batch in itertools.islice(loader, 2):
             assert batch["input_ids"].shape == (2, 128)

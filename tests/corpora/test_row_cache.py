@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from omegaconf import DictConfig
 
+from configuration.data_request import data_request
 from corpora import row_cache
 from corpora.packing import Rows
 from corpora.row_cache import get_or_build
@@ -40,7 +41,8 @@ def build(config: DictConfig, tokenizer=None) -> Path:
     """Prepares the validation rows and returns the cache entry that this added."""
     folder = Path(config.data.cache_dir) / "rows"
     before = set(entries(folder)) if folder.exists() else set()
-    get_dataloaders(config, tokenizer or get_tokenizer(config), skip_train=True)
+    data = data_request(config)
+    get_dataloaders(data, tokenizer or get_tokenizer(data), skip_train=True)
     (added,) = set(entries(folder)) - before
     return added
 
@@ -74,7 +76,7 @@ def test_one_file_has_one_entry_however_its_path_is_written(
     build(local_config())
     for path in ("../valid.txt", "'~/valid.txt'"):
         config = local_config(f"data.valid_path={path}", "data.cache_dir=../cache")
-        get_dataloaders(config, get_tokenizer(config), skip_train=True)
+        get_dataloaders(data_request(config), get_tokenizer(data_request(config)), skip_train=True)
     assert len(entries(tmp_path / "cache/rows")) == 1
 
 
@@ -177,7 +179,7 @@ def test_unwritable_cache(local_config, tmp_path: Path):
     (tmp_path / "occupied").write_text("a file, not a directory")
     config = local_config(f"data.cache_dir={tmp_path}/occupied/cache")
     with pytest.raises(OSError, match="data.cache_dir: cannot write .*occupied.*writable"):
-        get_dataloaders(config, get_tokenizer(config), skip_train=True)
+        get_dataloaders(data_request(config), get_tokenizer(data_request(config)), skip_train=True)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, a full disk of Linux")
@@ -200,10 +202,10 @@ def test_trained_tokenizer_is_kept(local_config, caplog):
     """An evaluation in another run must get the tokenizer that training used."""
     config = local_config("data.tokenizer_name_or_path=bpe-300")
     with caplog.at_level(logging.INFO, logger="dataloader"):
-        first, second = get_tokenizer(config), get_tokenizer(config)
+        first, second = get_tokenizer(data_request(config)), get_tokenizer(data_request(config))
         assert first.get_vocab() == second.get_vocab()
         assert len([message for message in caplog.messages if "Trained bpe-300" in message]) == 1
         shutil.rmtree(config.data.cache_dir)
-        assert get_tokenizer(config).backend_tokenizer.to_str() == (
+        assert get_tokenizer(data_request(config)).backend_tokenizer.to_str() == (
             first.backend_tokenizer.to_str()
         )

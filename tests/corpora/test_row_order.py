@@ -6,6 +6,7 @@ import pytest
 import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from configuration.data_request import data_request
 from corpora.row_order import RowLoader, RowOrder, SnapshotLoader
 from dataloader import get_dataloaders, get_tokenizer
 
@@ -71,9 +72,10 @@ def test_one_then_two_then_one_process(local_config, num_workers):
     def loaders(world_size: int, batch_size: int, workers: int):
         config = local_config("loader.global_batch_size=8", f"loader.batch_size={batch_size}",
                               f"loader.num_workers={workers}")  # fmt: skip
-        tokenizer = get_tokenizer(config)
+        data = data_request(config)
+        tokenizer = get_tokenizer(data)
         return [
-            get_dataloaders(config, tokenizer, rank=r, world_size=world_size, skip_valid=True)[0]
+            get_dataloaders(data, tokenizer, rank=r, world_size=world_size, skip_valid=True)[0]
             for r in range(world_size)
         ]
 
@@ -103,7 +105,8 @@ def test_one_then_two_then_one_process(local_config, num_workers):
 
 def test_position_before_batches_that_were_read_ahead(local_config):
     config = local_config("loader.global_batch_size=4", "loader.batch_size=4")
-    train, _ = get_dataloaders(config, get_tokenizer(config), skip_valid=True)
+    data = data_request(config)
+    train, _ = get_dataloaders(data, get_tokenizer(data), skip_valid=True)
     batches = iter(train)
     for _ in range(3):
         next(batches)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from models.masks import AttentionPattern
 from sampling.base import blank_canvas
+from sampling.semi_ar import SemiAutoregressiveSampler
 from tests.helpers.references import p_value
 
 NUM_TOKENS, MASK, V = 3, 3, 4  # tokens 0, 1, 2 and the mask
@@ -98,3 +99,8 @@ def fit(tokens: Tensor, expected: Distribution) -> float:
         counts[index[text]] += 1
     probs = torch.tensor([expected.get(text, 0.0) for text in order])
     return p_value(counts, probs * len(tokens))
+
+
+def semi(block_size: int, **changes) -> SemiAutoregressiveSampler:
+    settings = {"pad_index": BOS, "mask_index": MASK, "pattern": AttentionPattern.BLOCK_CAUSAL}
+    return SemiAutoregressiveSampler(block_size=block_size, **(settings | changes))

@@ -1,9 +1,26 @@
-"""A small Lightning module, and the Hugging Face model with the same weights."""
+"""Small Hugging Face models, alone and with the weights of a small Lightning module."""
 
 from diffusion import Diffusion
 from hf import BD3LM, BD3LMConfig
 from tests.helpers.small_module import module
 from tests.helpers.small_run import ALGOS
+
+SIZES = {
+    "vocab_size": 20, "model_length": 8, "block_size": 4, "hidden_dim": 32, "cond_dim": 16,
+    "n_blocks": 2, "n_heads": 2, "mask_index": 19, "bos_token_id": 0, "eos_token_id": 0,
+}  # fmt: skip
+# What `generate` of each algorithm is asked for.
+OPTIONS = {
+    "ar": {"kv_cache": True, "nucleus_p": 0.9},
+    "bd3lm": {"kv_cache": True, "nucleus_p": 0.9},
+    "mdlm": {"first_hitting": False, "num_steps": 5},
+    "sedd": {"num_steps": 5},
+}
+
+
+def tiny(**changes) -> BD3LM:
+    """A freshly initialised model."""
+    return BD3LM(BD3LMConfig(**(SIZES | changes)))
 
 
 def twins(compose, folder, algo: str, *changes: str) -> tuple[Diffusion, BD3LM]:

@@ -2,8 +2,6 @@
 
 import ast
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,13 +13,13 @@ from safetensors.torch import save_file
 
 from corpora.tokenization import load_tokenizer
 from hf import BD3LM, export
+from tests.helpers.elsewhere import outside
 from tests.helpers.small_module import batches
 from tests.helpers.small_run import ALGOS
-from tests.helpers.twins import twins
-from tests.hf.test_modeling_bd3lm import OPTIONS, tiny
+from tests.helpers.twins import OPTIONS, tiny, twins
 
-# What somebody else's machine has; numpy comes with torch, huggingface_hub with transformers.
-ALLOWED = {"torch", "transformers", "numpy", "huggingface_hub"}
+# What somebody else's machine has: fsspec comes with torch, the last two with transformers.
+ALLOWED = {"torch", "transformers", "fsspec", "numpy", "huggingface_hub"}
 
 # Run by an interpreter that knows nothing of the project; arguments: the folder of the models.
 SCRIPT = """
@@ -32,7 +30,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
 
-assert not any(importlib.util.find_spec(name) for name in ("models", "sampling", "objectives"))
+assert not any(importlib.util.find_spec(name) for name in ("models", "sampling", "losses"))
 for folder in sorted(Path(sys.argv[1]).iterdir()):
     expected = load_file(folder / "expected.safetensors")
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
@@ -66,16 +64,6 @@ from_hub = AutoModelForMaskedLM.from_pretrained("me/mine", trust_remote_code=Tru
 assert ".me.mine." in type(from_hub).__module__
 print(from_hub.generate(seed=2).tolist())
 """
-
-
-def outside(command: list[str], *, cwd, home) -> subprocess.CompletedProcess:
-    """Runs Python with nothing of this project in reach, and no network."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "HF_"))}
-    environment |= {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [sys.executable, "-P", *command], cwd=cwd, env=environment, stdin=subprocess.DEVNULL,
-        capture_output=True, text=True,
-    )
 
 
 def in_cache(model: BD3LM, *, home: Path) -> BD3LM:

@@ -16,20 +16,9 @@ from sampling.options import SamplingOptions
 from tests.helpers.references import generator
 from tests.helpers.small_module import batches
 from tests.helpers.small_run import ALGOS
-from tests.helpers.twins import twins
+from tests.helpers.twins import OPTIONS, tiny, twins
 
 PUBLISHED = ("bd3lm-block_size4", "bd3lm-block_size32-pretrain", "mdlm")
-SIZES = {
-    "vocab_size": 20, "model_length": 8, "block_size": 4, "hidden_dim": 32, "cond_dim": 16,
-    "n_blocks": 2, "n_heads": 2, "mask_index": 19, "bos_token_id": 0, "eos_token_id": 0,
-}  # fmt: skip
-
-
-def tiny(**changes) -> BD3LM:
-    """A freshly initialised model."""
-    return BD3LM(BD3LMConfig(**(SIZES | changes)))
-
-
 @pytest.fixture
 def build(compose, tmp_path):
     """Builds a Lightning module and its twin: `build("ar")`."""
@@ -247,14 +236,6 @@ def test_half_precision(build, tmp_path):
 
 
 # --- sampling -------------------------------------------------------------------------------------
-
-OPTIONS = {
-    "ar": {"kv_cache": True, "nucleus_p": 0.9},
-    "bd3lm": {"kv_cache": True, "nucleus_p": 0.9},
-    "mdlm": {"first_hitting": False, "num_steps": 5},
-    "sedd": {"num_steps": 5},
-}
-
 
 @pytest.mark.parametrize("algo", ALGOS)
 def test_samples_are_those_of_the_lightning_module(algo, build):

@@ -7,16 +7,13 @@ import pytest
 import torch
 
 from checkpointing.weights import Weights
-from configuration.sampling_request import canvas_rows, sampling_options, suit_vocabulary
 from corpora.tokenization import load_tokenizer
 from diffusion import Diffusion
 from evaluation.generative_perplexity import ScorerUnavailableError
 from evaluation.sample_log import SampleRecord, read_samples
-from modes import sample_eval as generation
-from modes import starting_weights as pretrained
+from modes import sample_eval as sample_eval_module
+from modes import starting_weights
 from modes.sample_eval import sample_eval, summary
-from sampling.options import SamplingOptions
-from sampling.stopping import ENTROPY_WINDOW
 from tests.helpers.small_run import overrides
 
 NO_SCORER = "eval.gen_ppl_eval_model_name_or_path=null"
@@ -39,8 +36,8 @@ def small_run(compose, tmp_path, monkeypatch):
                     value.normal_()
             return Weights("random", state)
 
-        monkeypatch.setattr(pretrained, "read_weights", weights)
-        monkeypatch.setattr(generation, "process_rank", lambda: (rank, world_size))
+        monkeypatch.setattr(starting_weights, "read_weights", weights)
+        monkeypatch.setattr(sample_eval_module, "process_rank", lambda: (rank, world_size))
         sample_eval(config)
         log = tmp_path / "log" / "samples.jsonl"
         return read_samples(log) if log.exists() else []
@@ -121,32 +118,14 @@ def test_samples_are_scored(small_run, shared, tmp_path, monkeypatch):
     scorer = tmp_path / "scorer"
     shutil.copytree(shared / "data" / "tokenizers" / "gpt2", scorer)
     shutil.copytree(shared / "golden" / "tiny-gpt2", scorer, dirs_exist_ok=True)
-    loaded, load = [], generation.load_scorer
-    monkeypatch.setattr(generation, "load_scorer", lambda *a: loaded.append(load(*a)) or loaded[-1])
+    loaded, load = [], sample_eval_module.load_scorer
+    monkeypatch.setattr(
+        sample_eval_module, "load_scorer", lambda *a: loaded.append(load(*a)) or loaded[-1]
+    )
     name = f"eval.gen_ppl_eval_model_name_or_path={scorer}"
     records = small_run(name, "loader.eval_batch_size=3", "sampling.num_sample_batches=2")
     assert len(loaded) == 1
     assert len(records) == 6 and all(r.gen_ppl > 1 and r.gen_entropy > 0 for r in records)
-
-
-def test_defaults_are_the_papers_procedure(compose):
-    """Every control is off, from the command line as from Python."""
-    options = sampling_options(compose(["mode=sample_eval"]))
-    assert options == SamplingOptions()
-    assert options.first_hitting and options.tokens_per_step == 1 and options.temperature == 1
-    assert (options.nucleus_p, options.nucleus_rule) == (1.0, "paper")
-    assert (options.min_entropy, ENTROPY_WINDOW) == (4.0, 256)
-    controls = ("top_k", "confidence_threshold", "infill_particles", "stop_strings", "decode",
-                "kv_cache", "var_length", "stop_on_eos")  # fmt: skip
-    assert not any(getattr(options, name) for name in controls)
-
-
-def test_the_entropy_rule_is_off_for_small_vocabularies(caplog):
-    """Entropy below 4 nats rejected every sample of a vocabulary under 55 tokens."""
-    options = SamplingOptions(min_entropy=4.0)
-    assert suit_vocabulary(options, vocab_size=50_258) is options
-    assert suit_vocabulary(options, vocab_size=260).min_entropy is None
-    assert "sampling.min_entropy=4.0 is off" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -163,8 +142,8 @@ def test_prompts_are_checked_before_the_model_is_loaded(
     def fail(*args, **kwargs):
         raise AssertionError("loaded before the check")
 
-    monkeypatch.setattr(generation, "load_model", fail)
-    monkeypatch.setattr(generation, "load_scorer", fail)
+    monkeypatch.setattr(sample_eval_module, "load_model", fail)
+    monkeypatch.setattr(sample_eval_module, "load_scorer", fail)
     (tmp_path / "prompts.txt").write_text(content)
     settings = ("mode=sample_eval", f"sampling.prompts={tmp_path}/prompts.txt")
     with pytest.raises(ValueError, match=message):
@@ -174,7 +153,7 @@ def test_prompts_are_checked_before_the_model_is_loaded(
 def test_a_file_in_place_of_the_log_is_found_before_the_model_is_loaded(
     compose, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(generation, "load_model", None)
+    monkeypatch.setattr(sample_eval_module, "load_model", None)
     (tmp_path / "log").write_text("")
     settings = ("mode=sample_eval", f"sampling.logdir={tmp_path}/log")
     with pytest.raises(OSError, match="log: cannot be written"):
@@ -186,14 +165,14 @@ def test_a_run_that_is_stopped_keeps_the_rows_already_written(small_run, tmp_pat
     sizes = ("loader.eval_batch_size=2", NO_SCORER)
     small_run(*sizes, "sampling.num_sample_batches=2", f"sampling.logdir={tmp_path}/all")
     whole = read_samples(tmp_path / "all" / "samples.jsonl")
-    draw = generation.draw
+    draw = sample_eval_module.draw
 
     def stopped(*args, first_row, **kwargs):
         if first_row == 4:
             raise KeyboardInterrupt
         return draw(*args, first_row=first_row, **kwargs)
 
-    monkeypatch.setattr(generation, "draw", stopped)
+    monkeypatch.setattr(sample_eval_module, "draw", stopped)
     with pytest.raises(KeyboardInterrupt):
         small_run(*sizes, "sampling.num_sample_batches=3", f"sampling.trace={tmp_path}/page.html")
     for name in ("samples.csv", "samples.jsonl"):
@@ -204,7 +183,7 @@ def test_a_run_that_is_stopped_keeps_the_rows_already_written(small_run, tmp_pat
 
 def test_rejected_samples_are_counted(small_run, monkeypatch, caplog):
     """Nothing told a user that what was printed had been rejected to the last."""
-    monkeypatch.setattr(generation, "suit_vocabulary", lambda options, **_: options)
+    monkeypatch.setattr(sample_eval_module, "suit_vocabulary", lambda options, **_: options)
     records = small_run(
         "model.length=256", "loader.eval_batch_size=2", "sampling.tokens_per_step=4", NO_SCORER,
         "sampling.min_entropy=9", "sampling.max_retries=1",
@@ -214,49 +193,17 @@ def test_rejected_samples_are_counted(small_run, monkeypatch, caplog):
     assert [(r.gen_nfes, r.gen_nfes_paper) for r in records] == [(128, 64)] * 2
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ("sampling.confidence_threshold=0", "sampling.confidence_threshold=0: allowed is null"),
-        ("sampling.nucleus_rule=none", "sampling.nucleus_rule=none: allowed is paper and standard"),
-        ("sampling.confidence_threshold=1.5", "sampling.confidence_threshold=1.5: allowed is"),
-        ("sampling.confidence_threshold=high", "sampling.confidence_threshold=high: allowed is"),
-        ("sampling.tokens_per_step=0", "sampling.tokens_per_step=0: allowed is an integer"),
-        ("sampling.tokens_per_step=1.5", "sampling.tokens_per_step=1.5: allowed is an integer"),
-        ("sampling.temperature=-1", "sampling.temperature=-1: allowed is a number"),
-        ("sampling.temperature=hot", "sampling.temperature=hot: allowed is a number"),
-        ("sampling.top_k=0", "sampling.top_k=0: allowed is null and an integer"),
-        ("sampling.top_k=some", "sampling.top_k=some: allowed is null and an integer"),
-        ("sampling.min_entropy=true", "sampling.min_entropy=True: allowed is null and a number"),
-        ("sampling.stop_strings=null", "sampling.stop_strings=None: allowed is a list of texts"),
-        ("sampling.stop_strings=end", "sampling.stop_strings=end: allowed is a list of texts"),
-        ("sampling.stop_strings=['']", "allowed is a list of texts that are not empty"),
-        ("sampling.infill_particles=4", "sampling.infill_particles=4: allowed without"),
-        ("sampling.infill_particles=0", "sampling.infill_particles=0: allowed"),
-    ],
-)
-def test_impossible_options_name_key_value_and_what_is_allowed(change, message, compose):
-    with pytest.raises(ValueError, match=message.replace("[", r"\[")):
-        sampling_options(compose(["mode=sample_eval", change]))
-
-
 def test_another_block_size_is_an_error(compose, tmp_path, monkeypatch):
     """The weights fit any block size, and the text was silently worse."""
     size = ["algo=bd3lm", "block_size=4", "mode=sample_eval"]
     config = compose(overrides(tmp_path, *size))
     tokenizer = load_tokenizer("bytes")
     weights = Weights("a.ckpt", Diffusion(config, tokenizer).state_dict(), block_size=8)
-    monkeypatch.setattr(pretrained, "read_weights", lambda _source: weights)
+    monkeypatch.setattr(starting_weights, "read_weights", lambda _source: weights)
     with pytest.raises(ValueError, match="block_size=4: allowed with this eval.* is 8"):
-        pretrained.load_model(config, tokenizer)
+        starting_weights.load_model(config, tokenizer)
     anyway = compose(overrides(tmp_path, *size, "eval.any_block_size=true"))
-    assert pretrained.load_model(anyway, tokenizer).block_size == 4
-
-
-def test_blank_rows_follow_max_new_tokens(compose, tmp_path):
-    config = compose(overrides(tmp_path, "mode=sample_eval", "sampling.max_new_tokens=9"))
-    rows = canvas_rows(config, load_tokenizer("bytes"), mask_index=259)
-    assert {row.limit for row in rows} == {10} and len(rows) == config.loader.eval_batch_size
+    assert starting_weights.load_model(anyway, tokenizer).block_size == 4
 
 
 def test_trace_replays_every_sample(small_run, tmp_path):

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from configuration.data_request import data_request
 from corpora.tokenization import load_tokenizer
 from dataloader import get_dataloaders
 from tests.helpers.small_run import ALGOS, overrides, write_text
@@ -67,7 +68,7 @@ def records(tmp_path, rank: int) -> list[dict]:
 
 def num_valid_rows(compose, tmp_path) -> int:
     _, loader = get_dataloaders(
-        compose(overrides(tmp_path)), load_tokenizer("bytes"), skip_train=True
+        data_request(compose(overrides(tmp_path))), load_tokenizer("bytes"), skip_train=True
     )
     return len(loader.dataset)
 

@@ -9,9 +9,9 @@ import safetensors.torch
 from corpora.tokenization import load_tokenizer
 from diffusion import Diffusion
 from modes.starting_weights import load_model, new_model
-from tests.configuration.test_original_commands import commands as original_commands
-from tests.configuration.test_original_commands import filled
-from tests.test_readme import commands, first_column
+from tests.docs.pages import commands, first_column
+from tests.helpers.original_commands import commands as original_commands
+from tests.helpers.original_commands import filled
 
 OWNER = "kuleshov-group/"
 SMALL = [
@@ -40,13 +40,13 @@ def named_models(overrides: list[str]) -> list[str]:
     return [text for text in overrides if f"={OWNER}" in text]
 
 
-FROM_README = [overrides for overrides in commands() if named_models(overrides)]
+FROM_PAGES = [overrides for overrides in commands() if named_models(overrides)]
 OF_THE_ORIGINAL = {
     name: filled(command)
     for name, command in original_commands().items()
     if named_models(filled(command))
 }
-COMMANDS = [pytest.param(o, id=f"README {i}") for i, o in enumerate(FROM_README)]
+COMMANDS = [pytest.param(o, id=f"page {i}") for i, o in enumerate(FROM_PAGES)]
 COMMANDS += [pytest.param(o, id=name) for name, o in OF_THE_ORIGINAL.items()]
 
 
@@ -80,7 +80,7 @@ def test_command_loads_the_model(overrides, compose, tokenizer, monkeypatch, tmp
 
 
 def test_every_published_model_has_its_three_commands():
-    names = first_column("published as `kuleshov-group/...`")
+    names = first_column("docs/weights.md", "published as `kuleshov-group/...`")
     names = {name for name in names if "-owt" in name}
     assert names == {
         "bd3lm-owt-block_size4", "bd3lm-owt-block_size8", "bd3lm-owt-block_size16",
@@ -89,7 +89,7 @@ def test_every_published_model_has_its_three_commands():
     }  # fmt: skip
     keys = ("eval.checkpoint_path", "training.from_pretrained")
     counts = dict.fromkeys(names, 0)
-    for text in (text for overrides in FROM_README for text in named_models(overrides)):
+    for text in (text for overrides in FROM_PAGES for text in named_models(overrides)):
         key, _, model = text.partition("=")
         assert key in keys
         counts[model.removeprefix(OWNER)] += 1

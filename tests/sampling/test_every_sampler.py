@@ -11,8 +11,7 @@ from noise_schedule import get_noise
 from sampling.base import SamplerOutput, blank_canvas
 from sampling.options import SamplingOptions, make_sampler
 from sampling.stopping import ENTROPY_WINDOW
-from tests.sampling.test_kv_cache import BOS, MASK, V, generators, network
-from tests.sampling.test_stopping import plain_entropy
+from tests.helpers.random_networks import BOS, MASK, V, generators, network, plain_entropy
 
 LENGTH, BLOCK = 16, 4
 # The algorithm, and what is asked of its sampler.

@@ -13,8 +13,9 @@ from models.denoiser import Denoiser
 from models.dit import DIT, DITConfig
 from models.masks import AttentionPattern
 from sampling.ar import AutoregressiveSampler
+from sampling.blockwise import CONTEXT_WINDOW
 from sampling.particles import ParticleSampler
-from sampling.semi_ar import CONTEXT_WINDOW, SemiAutoregressiveSampler
+from sampling.semi_ar import SemiAutoregressiveSampler
 from tests.helpers.exact import (
     Distribution,
     NetworkTable,

@@ -17,9 +17,9 @@ from tests.helpers.exact import (
     given,
     total_variation,
 )
+from tests.helpers.random_networks import generators, network, semi
 from tests.helpers.toys import BOS, MASK, Distribution, TableDenoiser, fit
-from tests.sampling.test_kv_cache import generators, network, semi
-from tests.sampling.test_semi_ar import sampler as semi_of_toys
+from tests.helpers.toys import semi as semi_of_toys
 
 GAP = (BOS, MASK, MASK, 2)  # the gap is in blocks before the given token, or in its own
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from models.masks import AttentionPattern
+from sampling.blockwise import CONTEXT_WINDOW
 from sampling.decoding import Decoding
-from sampling.semi_ar import CONTEXT_WINDOW, SemiAutoregressiveSampler
 from tests.helpers.exact import ancestral, first_hitting
 from tests.helpers.toys import (
     BOS,
@@ -20,11 +20,7 @@ from tests.helpers.toys import (
     canvas,
     fit,
 )
-
-
-def sampler(block_size: int, **changes) -> SemiAutoregressiveSampler:
-    settings = {"pad_index": BOS, "mask_index": MASK, "pattern": AttentionPattern.BLOCK_CAUSAL}
-    return SemiAutoregressiveSampler(block_size=block_size, **(settings | changes))
+from tests.helpers.toys import semi as sampler
 
 
 def draw(sampler, denoiser, *, batch_size=NUM_DRAWS, length=4, seed=0):

@@ -1,7 +1,5 @@
 """The stop rule, row by row, against a plain reading of it."""
 
-import math
-from collections import Counter
 
 import pytest
 import torch
@@ -10,12 +8,9 @@ from models.masks import AttentionPattern
 from sampling.base import Progress
 from sampling.semi_ar import SemiAutoregressiveSampler
 from sampling.stopping import ENTROPY_WINDOW, StopRule, histogram_entropy
+from tests.helpers.random_networks import plain_entropy
 
 EOS, MASK, PAD = 1, 9, 0
-
-
-def plain_entropy(tokens: list[int]) -> float:
-    return -sum(n / len(tokens) * math.log(n / len(tokens)) for n in Counter(tokens).values())
 
 
 def test_entropy_of_each_row():

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import configuration
-from tests.configuration.test_original_commands import POSITIONAL, ZERO_SHOT, commands, filled
+from tests.helpers.original_commands import POSITIONAL, ZERO_SHOT, commands, filled
 from tests.helpers.places import PROJECT
 
 SCRIPTS = sorted(PROJECT.glob("scripts/*/*.sh"))

@@ -29,8 +29,11 @@ def generate(model: Path, output: Path, *flags: str) -> dict:
     return json.loads(output.read_text())
 
 
-@pytest.mark.parametrize("page", [PROJECT / "README.md", FOLDER / "README.md"], ids=["root", "own"])
-def test_commands_of_the_readme(page, tmp_path, monkeypatch):
+PAGES = [PROJECT / "docs/paper.md", FOLDER / "README.md"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=["docs", "own"])
+def test_commands_of_the_pages(page, tmp_path, monkeypatch):
     """Every command is accepted as it stands."""
     monkeypatch.chdir(tmp_path)
     parsers = {"generate_text": generate_text, "report_genppl": report_genppl}

@@ -12,7 +12,7 @@ from tests.helpers import small_module
 from tests.helpers.small_run import ALGOS
 from training.callbacks import EMACallback
 from training.nan_guard import NanGuard
-from training.progress import ProgressBar
+from training.progress import PlainProgress, ProgressBar
 from training.throughput import Throughput
 
 # Reading a number (`item`, `float`, `bool`), and finding out how many elements a mask selects.
@@ -50,12 +50,14 @@ class PerStep(L.Callback):
         return [after - before for before, after in zip(self.steps, self.steps[1:], strict=False)]
 
 
-def counted_steps(compose, folder: Path, *changes: str) -> list[Counter[str]]:
+def counted_steps(
+    compose, folder: Path, *changes: str, progress: type[L.Callback] = ProgressBar
+) -> list[Counter[str]]:
     """Of steps 0 to 6, with a logging interval of 4: numbers are read after step 3."""
     model = small_module.module(compose, folder, *changes)
     operations = Operations()
     count = PerStep(operations)
-    callbacks = [count, ProgressBar(), EMACallback(0.9), NanGuard(str(folder)), Throughput()]
+    callbacks = [count, progress(), EMACallback(0.9), NanGuard(str(folder)), Throughput()]
     trainer, _ = small_module.trainer(
         folder, callbacks=callbacks, steps=8, log_every_n_steps=4, limit_val_batches=0,
         val_check_interval=None, gradient_clip_val=1.0, enable_progress_bar=True,
@@ -65,14 +67,18 @@ def counted_steps(compose, folder: Path, *changes: str) -> list[Counter[str]]:
     return count.between
 
 
-@pytest.mark.parametrize("algo", ["ar", "bd3lm", "mdlm", "sedd", "resample"])
-def test_no_step_reads_a_number(compose, tmp_path, algo):
+@pytest.mark.parametrize(
+    ("algo", "progress"),
+    [(algo, ProgressBar) for algo in ("ar", "bd3lm", "mdlm", "sedd", "resample")]
+    + [("ar", PlainProgress)],
+)
+def test_no_step_reads_a_number(compose, tmp_path, algo, progress):
     """Lightning read the loss after every step, for the progress bar and beside it."""
     changes = ALGOS["bd3lm"] if algo == "resample" else ALGOS[algo]
     if algo == "resample":
         changes = [*changes, "training.resample=true", "training.sampling_eps_min=0.3",
                    "training.sampling_eps_max=0.8"]  # fmt: skip
-    steps = counted_steps(compose, tmp_path, *changes)
+    steps = counted_steps(compose, tmp_path, *changes, progress=progress)
     reads = [step[READS] for step in steps]
     assert reads[3] > 0, "the interval: what is counted is what is read"
     assert reads[:3] + reads[4:] == [0] * 6

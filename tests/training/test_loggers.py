@@ -6,6 +6,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from omegaconf import OmegaConf
 
 import configuration
+from configuration.training_request import logger_request
 from tests.helpers.small_run import overrides
 from training import loggers
 
@@ -19,11 +20,12 @@ class FakeWandbLogger:
 
 @pytest.fixture
 def with_wandb(compose, tmp_path, monkeypatch):
-    """Composes a run that uses wandb and keeps its files in `tmp_path`."""
+    """The request of a run that uses wandb and keeps its files in `tmp_path`."""
     monkeypatch.chdir(tmp_path)
 
     def build(*changes: str):
-        return compose([o for o in overrides(tmp_path, *changes) if o != "wandb=null"])
+        found = [o for o in overrides(tmp_path, *changes) if o != "wandb=null"]
+        return logger_request(compose(found))
 
     return build
 
@@ -43,7 +45,7 @@ def wandb_arguments(with_wandb, monkeypatch):
 
 
 def test_no_wandb(compose, tmp_path):
-    built = loggers.build_loggers(compose(overrides(tmp_path, "wandb=null")))
+    built = loggers.build_loggers(logger_request(compose(overrides(tmp_path, "wandb=null"))))
     assert [type(logger) for logger in built] == [CSVLogger]
 
 
@@ -128,8 +130,8 @@ def test_the_csv_file_alone(with_wandb):
     assert type(logger) is CSVLogger
 
 
-def test_an_unknown_logger_is_named(with_wandb):
-    config = with_wandb("logger.name=mlflow")
+def test_an_unknown_logger_is_named(compose, tmp_path):
+    config = compose(overrides(tmp_path, "logger.name=mlflow"))
     assert OmegaConf.select(config, "logger.name") == "mlflow"
     with pytest.raises(ValueError, match="logger.name=mlflow: allowed are wandb, tensorboard, csv"):
         configuration.validate(config)

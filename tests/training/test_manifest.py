@@ -1,4 +1,4 @@
-"""The manifest of a run, and its throughput in the log."""
+"""The manifest of a run."""
 
 import json
 import subprocess
@@ -7,12 +7,11 @@ import pytest
 import torch
 
 import main
+from configuration.training_request import plain
 from corpora.row_cache import CachedRows
 from corpora.row_datasets import PackedRows
-from tests.helpers.small_module import batches, module, trainer
 from tests.helpers.small_run import ALGOS, overrides, write_text
 from training import manifest
-from training.throughput import Throughput
 
 
 @pytest.fixture
@@ -55,7 +54,8 @@ def test_each_start_adds_to_the_history(start):
 
 def test_the_hash_follows_the_configuration(compose, tmp_path):
     one, same, other = (
-        manifest.config_hash(compose(overrides(tmp_path, f"seed={seed}"))) for seed in (1, 1, 2)
+        manifest.config_hash(plain(compose(overrides(tmp_path, f"seed={seed}"))))
+        for seed in (1, 1, 2)
     )
     assert one == same != other and len(one) == 16
 
@@ -73,54 +73,6 @@ def test_the_commit_of_a_checkout(tmp_path, monkeypatch):
     assert len(commit) == 40
     (tmp_path / "file").write_text("two")
     assert manifest.git_commit() == f"{commit}-dirty"
-
-
-def test_throughput_leaves_validation_out(compose, tmp_path, monkeypatch):
-    """A clock that ticks 1 s in each step and 100 s in each validation."""
-    clock = [0.0]
-    monkeypatch.setattr("training.throughput.time.perf_counter", lambda: clock[0])
-    model = module(compose, tmp_path, *ALGOS["ar"])
-
-    def tick(hook, seconds):
-        original = getattr(model, hook)
-
-        def ticking(*args):
-            clock[0] += seconds
-            return original(*args)
-
-        monkeypatch.setattr(model, hook, ticking)
-
-    tick("training_step", 1.0)
-    tick("validation_step", 100.0)
-    run, memory = trainer(
-        tmp_path, callbacks=[Throughput()], steps=8, log_every_n_steps=2, val_check_interval=3,
-        accumulate_grad_batches=1,
-    )  # fmt: skip
-    run.fit(model, batches(8), batches(1, seed=1))
-    assert memory.values("trainer/steps_per_second") == pytest.approx([1.0] * 4)
-    assert memory.values("trainer/tokens_per_second") == pytest.approx([4 * 16.0] * 4)
-    assert memory.values("trainer/validation_seconds") == pytest.approx([100.0] * 2)
-
-
-def test_throughput_counts_optimizer_steps(compose, tmp_path, monkeypatch):
-    """With accumulation a step has more tokens; the last two batches were logged as one step."""
-    clock = [0.0]
-    monkeypatch.setattr("training.throughput.time.perf_counter", lambda: clock[0])
-    model = module(compose, tmp_path, *ALGOS["ar"])
-    step = model.training_step
-
-    def ticking(*args):
-        clock[0] += 1.0
-        return step(*args)
-
-    monkeypatch.setattr(model, "training_step", ticking)
-    run, memory = trainer(
-        tmp_path, callbacks=[Throughput()], steps=4, log_every_n_steps=2, val_check_interval=100,
-        accumulate_grad_batches=2,
-    )  # fmt: skip
-    run.fit(model, batches(8), batches(1, seed=1))
-    assert memory.values("trainer/steps_per_second") == pytest.approx([0.5] * 2)
-    assert memory.values("trainer/tokens_per_second") == pytest.approx([4 * 16.0] * 2)
 
 
 def test_a_stream_has_no_hash():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.helpers.references import generator
-from training.optimizer import fused_adamw
+from training.optimizer import cosine_decay_with_warmup, fused_adamw
 
 SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -72,3 +72,52 @@ def test_state_returns_bit_for_bit(form):
     step(second, other, number=1)
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def learning_rates(steps: int, **settings) -> list[float]:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=settings.pop("lr", 1.0))
+    schedule = cosine_decay_with_warmup(optimizer, **settings)
+    rates = []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return rates
+
+
+def test_cosine_schedule_at_its_corners():
+    """Warm-up from 0.1 to the peak 1 in 10 steps, cosine of 100 steps down to 0.2, then flat."""
+    rates = learning_rates(130, t_initial=100, warmup_t=10, warmup_lr_init=0.1, lr_min=0.2)
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[5] == pytest.approx(0.55)
+    assert rates[10] == pytest.approx(1.0)
+    assert rates[60] == pytest.approx(0.6), "half way down"
+    assert rates[110] == pytest.approx(0.2) and rates[129] == pytest.approx(0.2)
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+
+
+def test_cosine_schedule_that_counts_from_the_start():
+    settings = {"t_initial": 100, "warmup_t": 10, "warmup_lr_init": 0.0, "lr_min": 0.0}
+    rates = learning_rates(110, warmup_prefix=False, **settings)
+    assert rates[50] == pytest.approx(0.5) and rates[100] == pytest.approx(0.0)
+
+
+def test_cosine_schedule_scales_with_the_peak():
+    settings = {"t_initial": 10, "warmup_t": 2, "warmup_lr_init": 1e-6, "lr_min": 1e-6}
+    rates = learning_rates(15, lr=3e-4, **settings)
+    assert rates[0] == pytest.approx(1e-6) and rates[2] == pytest.approx(3e-4)
+    assert rates[14] == pytest.approx(1e-6)
+
+
+def test_cosine_schedule_of_the_configuration(compose):
+    """lr_scheduler=cosine_decay_warmup came from timm; it needs no other package now."""
+    import hydra
+
+    config = compose(["lr_scheduler=cosine_decay_warmup", "trainer.max_steps=100"])
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = hydra.utils.instantiate(config.lr_scheduler, optimizer=optimizer)
+    assert schedule.get_last_lr() == [pytest.approx(1e-6)]
+    for _ in range(100):
+        optimizer.step()
+        schedule.step()
+    assert schedule.get_last_lr() == [pytest.approx(1e-6)]

@@ -19,8 +19,8 @@ from models.kernels.cached_attention import (
 from models.kv_cache import KVCache
 from models.masks import AttentionPattern
 from models.rotary import Rotary, rotate
+from tests.helpers.cached_passes import passes, ring
 from tests.helpers.references import brute_force_mask, generator, small_dit
-from tests.models.test_inference import passes, ring
 
 P = AttentionPattern
 
