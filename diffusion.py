@@ -6,10 +6,11 @@ from typing import Any
 import hydra
 import lightning as L
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from configuration.training_request import plain
 from corpora.tokenization import mask_index_and_vocab_size
 from evaluation.metrics import NLL as NLLMetric
 from evaluation.metrics import likelihood_metrics
@@ -54,7 +55,9 @@ class Diffusion(L.LightningModule):
     def __init__(self, config: DictConfig, tokenizer: PreTrainedTokenizerBase):
         super().__init__()
         algo, training = config.algo, config.training
-        self.config = config  # kept for the checkpoint and the optimizer's section
+        self.run_config = plain(config)  # kept for the checkpoint and the optimizer's sections
+        self.compile_setting = training.compile
+        self.checkpoints_layers = training.activation_checkpointing == "blocks"
         self.seed = config.seed
         self.fix_clipping = algo.fix_clipping
         self.is_ar = algo.parameterization == "ar"
@@ -152,10 +155,9 @@ class Diffusion(L.LightningModule):
 
         They are spread over the processes where the strategy made a mesh of them.
         """
-        training = self.config.training
-        if training.activation_checkpointing == "blocks":
+        if self.checkpoints_layers:
             checkpoint_layers(self.backbone)
-        if is_compiled(training.compile, device=self.trainer.strategy.root_device):
+        if is_compiled(self.compile_setting, device=self.trainer.strategy.root_device):
             compile_layers(self.backbone)
         if self.device_mesh is not None:
             shard(self.backbone, self.device_mesh["data_parallel"])
@@ -178,15 +180,15 @@ class Diffusion(L.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW, and the schedule of `lr_scheduler` stepped after every optimizer step."""
-        optim = self.config.optim
+        optim = self.run_config["optim"]
         optimizer = fused_adamw(
             self.backbone.parameters(),
-            lr=optim.lr,
-            betas=(optim.beta1, optim.beta2),
-            eps=optim.eps,
-            weight_decay=optim.weight_decay,
+            lr=optim["lr"],
+            betas=(optim["beta1"], optim["beta2"]),
+            eps=optim["eps"],
+            weight_decay=optim["weight_decay"],
         )
-        scheduler = hydra.utils.instantiate(self.config.lr_scheduler, optimizer=optimizer)
+        scheduler = hydra.utils.instantiate(self.run_config["lr_scheduler"], optimizer=optimizer)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "trainer/lr"},
@@ -331,9 +333,7 @@ class Diffusion(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the original's keys; plain containers and tensors only, safe to load."""
-        checkpoint["hyper_parameters"] = {
-            "config": OmegaConf.to_container(self.config, resolve=True)
-        }
+        checkpoint["hyper_parameters"] = {"config": self.run_config}
         if self.clip_search is not None:
             checkpoint["sampling_eps_min"] = self.sampling_eps_min
             checkpoint["sampling_eps_max"] = self.sampling_eps_max

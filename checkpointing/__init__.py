@@ -1,0 +1,1 @@
+"""Files of weights: read as data, compared with a run, loaded, converted, written whole."""

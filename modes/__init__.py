@@ -1,0 +1,1 @@
+"""The modes of `main.py`, a file each, and what only they need."""

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -36,7 +35,7 @@ from sampling.options import SamplingOptions, suit_vocabulary
 from sampling.prompts import CanvasRow, stack
 from sampling.trace import Trace
 from training.manifest import config_hash
-from training.progress import duration
+from training.progress import duration, in_batch_job
 from utils import (
     absolute_path,
     get_logger,
@@ -155,12 +154,10 @@ def draw_batches(
             output = draw(
                 request, model, batch, options=options, first_row=start, on_step=on_step
             )
-            if not sys.stderr.isatty():  # in the log of a batch job
-                seconds = time.monotonic() - began
+            if in_batch_job():
                 logger.info(
-                    "samples, batch %d of %d: %d texts in %s, %d forward passes",
-                    number, len(batches), len(batch), duration(seconds),
-                    int(output.num_forward_passes.max()),
+                    "batch %d of %d: %d samples in %s",
+                    number, len(batches), len(batch), duration(time.monotonic() - began),
                 )  # fmt: skip
             if trace is not None and trace.add(output, first_row=start):
                 write_text(trace_path, trace.page())

@@ -1,7 +1,7 @@
 """Texts from a model: what `Diffusion.generate` and the Hugging Face class's `generate` share."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -39,13 +39,14 @@ class TextModel:
         canvas: Tensor,
         *,
         options: SamplingOptions,
-        seed: int,
-        limits: Tensor | None = None,
-        first_row: int = 0,
-        max_retries: int = 10,
-        on_step: Callable[[Tensor], None] | None = None,
+        **how: Any,
     ) -> SamplerOutput:
-        """Complete a canvas (B, N); arguments as in `draw_rows`.
+        """Complete a canvas.
+
+        Args:
+            canvas: (B, N) int64.
+            options: what to ask of the sampler.
+            how: seed, limits and so on, see `draw_rows`.
 
         Raises:
             ValueError: the sampler cannot do what `options` ask for.
@@ -59,13 +60,4 @@ class TextModel:
             eos_index=self.eos_index,
             noise=self.noise,
         )
-        return draw_rows(
-            sampler,
-            self.denoiser,
-            canvas,
-            seed=seed,
-            limits=limits,
-            first_row=first_row,
-            max_retries=max_retries,
-            on_step=on_step,
-        )
+        return draw_rows(sampler, self.denoiser, canvas, **how)

@@ -1,5 +1,6 @@
 """Fixtures that every test file may use."""
 
+import copy
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -55,7 +56,10 @@ def run_main(
         folder = tmp_path / name
         folder.mkdir()
         monkeypatch.chdir(folder)
-        main.run(compose(overrides(tmp_path, *changes)), launch_dir=str(tmp_path))
+        config = compose(overrides(tmp_path, *changes))
+        before = copy.deepcopy(config)
+        main.run(config, launch_dir=str(tmp_path))
+        assert config == before, "nobody changes a configuration it was given"
         return folder
 
     return run

@@ -11,7 +11,6 @@ import pytest
 import torch
 import yaml
 from huggingface_hub.errors import LocalTokenNotFoundError
-from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
@@ -49,7 +48,7 @@ def checkpoint(compose, tmp_path):
                 "num_updates": 1,
                 "shadow_params": [p.detach() + 1 for p in module.parameters()],
             },
-            "hyper_parameters": {"config": OmegaConf.to_container(module.config, resolve=True)},
+            "hyper_parameters": {"config": module.run_config},
         }
         torch.save(content, path)
         return path, module
@@ -82,7 +81,7 @@ def test_dry_run_from_our_checkpoints(algo, checkpoint, tmp_path):
             assert torch.equal(parameter, own[name] + shift), name
         config = model.config
         assert config.noise == "cosine" and config.block_size == module.block_size
-        assert config.parameterization == module.config.algo.parameterization
+        assert config.parameterization == module.composed.algo.parameterization
         assert (config.mask_index, config.bos_token_id, config.eos_token_id) == (
             module.mask_index, module.bos_index, module.eos_index,
         )  # fmt: skip
@@ -159,7 +158,7 @@ def test_round_trip_to_the_lightning_module(algo, checkpoint, compose, tmp_path)
     convert(str(tmp_path / "out"), tmp_path / "again.ckpt", to="lightning")
     convert(str(tmp_path / "again.ckpt"), tmp_path / "hub", to="hub", which="raw")
     for source in (tmp_path / "out", tmp_path / "again.ckpt", tmp_path / "hub"):
-        other = Diffusion(module.config, load_tokenizer("text8"))
+        other = Diffusion(module.composed, load_tokenizer("text8"))
         load_weights(other, read_weights(str(source)), use_ema=False)
         found, expected = other.state_dict(), module.state_dict()
         assert all(torch.equal(found[name], expected[name]) for name in expected)

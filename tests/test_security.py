@@ -26,13 +26,13 @@ FORBIDDEN = re.compile(
 )
 # Hydra calls what `_target_` names. Only the sections of the user's own configuration get there.
 INSTANTIATED = {
-    "config.trainer",
-    "config.strategy",
-    "config.lr_scheduler",
-    "self.config.lr_scheduler",
-    "c",  # an entry of config.callbacks
+    "config.lr_scheduler",  # of benchmarks
+    "request.arguments",  # the section `trainer`
+    "request.strategy",
+    "self.run_config['lr_scheduler']",
+    "callback",  # an entry of the section `callbacks`
 }
-TARGETS = ("lightning.", "torch.", "training.", "transformers.", "utils.")
+TARGETS = ("lightning.", "torch.", "training.", "transformers.")
 
 
 def identity(path: Path) -> str:

@@ -1,1 +1,1 @@
-"""What a training run needs beside the model: callbacks and checkpoints."""
+"""The parts of the training loop: trainer, callbacks, resuming, signals, where numbers go."""

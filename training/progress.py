@@ -24,8 +24,13 @@ LONGEST_SILENCE = 300
 
 
 def progress_callback() -> L.Callback:
-    """What shows how far a run is: the bar where standard error is a terminal, or else lines."""
-    return ProgressBar() if sys.stderr.isatty() else PlainProgress()
+    """What shows how far a run is: lines in a batch job, or else the bar."""
+    return PlainProgress() if in_batch_job() else ProgressBar()
+
+
+def in_batch_job() -> bool:
+    """Whether standard error is no terminal: whoever looks at the run reads its log."""
+    return not sys.stderr.isatty()
 
 
 class ProgressBar(RichProgressBar):

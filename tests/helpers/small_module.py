@@ -17,7 +17,9 @@ SMALL = ["data.tokenizer_name_or_path=text8", "model.length=16", "model.dropout=
 def module(compose, folder, *changes: str) -> Diffusion:
     """A module whose weights are not zero: fresh ones predict the same everywhere."""
     L.seed_everything(0, verbose=False)
-    model = Diffusion(compose(overrides(folder, *SMALL, *changes)), load_tokenizer("text8"))
+    config = compose(overrides(folder, *SMALL, *changes))
+    model = Diffusion(config, load_tokenizer("text8"))
+    model.composed = config  # for tests alone: interpolations and all
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator(1)))

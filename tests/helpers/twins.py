@@ -26,7 +26,7 @@ def tiny(**changes) -> BD3LM:
 def twins(compose, folder, algo: str, *changes: str) -> tuple[Diffusion, BD3LM]:
     """Both in evaluation; text8's 35 symbols, N = 16, L = 4 for bd3lm, two layers of 32."""
     lightning = module(compose, folder, *ALGOS[algo], *changes).eval()
-    config = lightning.config
+    config = lightning.composed
     model = BD3LM(
         BD3LMConfig(
             block_size=config.block_size,

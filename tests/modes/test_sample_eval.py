@@ -181,6 +181,18 @@ def test_a_run_that_is_stopped_keeps_the_rows_already_written(small_run, tmp_pat
     assert '"sample 4"' in (tmp_path / "page.html").read_text()
 
 
+@pytest.mark.parametrize("is_batch_job", [True, False])
+def test_a_batch_job_has_a_line_per_batch(is_batch_job, small_run, monkeypatch, caplog):
+    """Hours of sampling under sbatch said nothing; in a terminal there is the bar."""
+    monkeypatch.setattr(sample_eval_module, "in_batch_job", lambda: is_batch_job)
+    with caplog.at_level("INFO"):
+        small_run("sampling.num_sample_batches=2", "loader.eval_batch_size=3", NO_SCORER)
+    lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("batch ")]
+    assert [line.split(" in ")[0] for line in lines] == [
+        "batch 1 of 2: 3 samples", "batch 2 of 2: 3 samples",
+    ][: 2 * is_batch_job]  # fmt: skip
+
+
 def test_rejected_samples_are_counted(small_run, monkeypatch, caplog):
     """Nothing told a user that what was printed had been rejected to the last."""
     monkeypatch.setattr(sample_eval_module, "suit_vocabulary", lambda options, **_: options)

@@ -42,7 +42,7 @@ EVERY_LAYOUT += [
 
 def config_json(model: Diffusion, name: str) -> dict:
     """`config.json` as published: two model types, and a pointer to code of its own."""
-    config = model.config
+    config = model.composed
     sizes = {
         "vocab_size": 35, "model_length": 16, "hidden_dim": 32, "n_blocks": 2, "n_heads": 2,
         "cond_dim": 16, "dropout": 0.1, "time_conditioning": config.algo.time_conditioning,
@@ -76,7 +76,7 @@ def publish(model: Diffusion, folder, *, name: str, layout: str) -> str:
         names = {key.replace("backbone.", prefix): value for key, value in state.items()}
         content = {
             "state_dict": names,
-            "hyper_parameters": {"config": original_config(model.config), "tokenizer": object()},
+            "hyper_parameters": {"config": original_config(model.composed), "tokenizer": object()},
             "ema": {"decay": 0.9999, "num_updates": 3,
                     "shadow_params": [p.detach().clone() for p in model.parameters()]},
         }  # fmt: skip
