@@ -81,7 +81,8 @@ def plain_score(scorer: GenerativePerplexity, text: str, *, max_length: int) -> 
 def assert_scores_equal(found: list[SampleScore], expected: list[SampleScore]) -> None:
     assert len(found) == len(expected)
     for a, b in zip(found, expected, strict=True):
-        assert vars(a) == pytest.approx(vars(b), rel=1e-5, nan_ok=True)
+        # Some of these texts are nearly certain: what is left of a loss is float32's rounding.
+        assert vars(a) == pytest.approx(vars(b), rel=1e-5, abs=1e-6, nan_ok=True)
 
 
 def test_windows_count_every_token_but_the_first_once():

