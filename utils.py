@@ -98,14 +98,15 @@ def write_text(path: str, text: str) -> None:
 def process_rank() -> tuple[int, int]:
     """This process's rank and the number of processes.
 
-    As the process group says; before there is one as torchrun, srun or Lightning's launcher do.
+    As the process group says; before there is one as torchrun, Lightning's launcher or srun do. A
+    launcher may itself have been started by srun.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     for rank, world_size in (
         ("RANK", "WORLD_SIZE"),
-        ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
         ("LOCAL_RANK", "WORLD_SIZE"),
+        ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
     ):
         if rank in os.environ and world_size in os.environ:
             return int(os.environ[rank]), int(os.environ[world_size])

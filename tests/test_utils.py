@@ -6,7 +6,15 @@ import logging
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from utils import absolute_path, derive_seed, file_exists, get_logger, resolve_device, write_text
+from utils import (
+    absolute_path,
+    derive_seed,
+    file_exists,
+    get_logger,
+    process_rank,
+    resolve_device,
+    write_text,
+)
 
 
 def test_seeds_are_distinct_and_repeat():
@@ -79,6 +87,26 @@ def test_other_processes_are_silent(monkeypatch, caplog):
     monkeypatch.setenv("WORLD_SIZE", "2")
     logger.info("from the second")
     assert [r.getMessage() for r in caplog.records] == ["from the first"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, (0, 1)),
+        ({"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}, (3, 4)),
+        ({"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "8"}, (2, 8)),
+        ({"SLURM_PROCID": "2"}, (0, 1)),  # a shell of salloc: no step, one process
+        ({"LOCAL_RANK": "1", "WORLD_SIZE": "2", "SLURM_PROCID": "0",
+          "SLURM_STEP_NUM_TASKS": "1"}, (1, 2)),
+    ],
+    ids=["alone", "torchrun", "srun", "salloc", "launched in a shell of srun"],
+)  # fmt: skip
+def test_rank_before_there_is_a_process_group(environment, expected, monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert process_rank() == expected
 
 
 def test_device_of_a_machine_without_gpu(fake_gpus):
