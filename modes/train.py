@@ -51,6 +51,7 @@ def train(config: DictConfig) -> None:
             data, tokenizer, rank=trainer.global_rank, world_size=trainer.world_size
         )
         if resume is not None:
+            logger.info("Going on from the checkpoint %s", resume)
             # Lightning reads it again, but what does not fit is said clearly here.
             load_weights(model, read_weights(resume), use_ema=False)
         try:
