@@ -35,7 +35,7 @@ class Run:
 
     Args:
         folder: where text, cache, outputs and checkpoints go.
-        changes: overrides, besides those of `tests.small_run`.
+        changes: overrides, besides those of `tests.helpers.small_run`.
     """
 
     def __init__(self, folder: Path, *changes: str):

@@ -17,7 +17,7 @@ from tests.helpers.small_run import ALGOS, overrides, write_text
 RECORDING = """
 import json
 from diffusion import Diffusion
-from token_losses import TokenLosses
+from losses.token_losses import TokenLosses
 
 training_step, mask = Diffusion.training_step, TokenLosses._sample_x_t
 ranks = []  # the own one during a training step
