@@ -1,6 +1,7 @@
 """One `attend` for every backend: PyTorch's SDPA everywhere, FlexAttention where it pays."""
 
 import functools
+import logging
 from collections.abc import Callable
 
 import torch
@@ -11,6 +12,8 @@ from torch.nn.attention.flex_attention import flex_attention
 from models.kernels.sliced_attention import sliced_attention
 
 from .masks import AttentionPattern, dense_mask, flex_block_mask, is_unrestricted
+
+logger = logging.getLogger(__name__)
 
 # `flash_attn` is what the original's configs say. It names no library here: like `auto`, it asks
 # for the best backend that this device and pattern have.
@@ -42,12 +45,30 @@ def _compiled_flex_attention() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=False)
 
 
+@functools.cache
+def _cpu_computes_flex() -> bool:
+    """Whether FlexAttention's kernel for CPUs is right here; says so once where it is not.
+
+    With vectors shorter than those of AVX512 the kernel of torch 2.13 reads scores that it has not
+    written: short rows came out wrong, or as NaN.
+    """
+    is_right = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    if not is_right:
+        logger.warning(
+            "model.attn_backend=flex: FlexAttention is wrong on CPUs without AVX512; SDPA computes "
+            "the same instead"
+        )
+    return is_right
+
+
 def _flex(q: Tensor, k: Tensor, v: Tensor, *, pattern: AttentionPattern, block_size: int) -> Tensor:
     if q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad:
         raise ValueError(
             "model.attn_backend=flex cannot train on the CPU: FlexAttention has no backward pass "
             "there; use model.attn_backend=auto or sdpa"
         )
+    if q.device.type == "cpu" and not _cpu_computes_flex():
+        return _sdpa(q, k, v, pattern=pattern, block_size=block_size)
     mask = flex_block_mask(
         pattern, q_len=q.shape[2], kv_len=k.shape[2], block_size=block_size, device=q.device
     )

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from models import attention
 from models.attention import attend, resolve_backend
 from models.masks import AttentionPattern
 from tests.helpers.references import brute_force_mask, naive_attention, random_qkv
@@ -69,6 +70,17 @@ def test_flex_equals_naive(case, fresh_compiler):
 @torch.no_grad()
 def test_flex_equals_naive_everywhere(case, fresh_compiler):
     assert_equals_naive(case, "flex")
+
+
+def test_flex_where_its_kernel_is_wrong(monkeypatch, caplog):
+    """On a CPU with AVX2 alone likelihoods were off, or NaN, and nothing said why."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(attention, "_compiled_flex_attention", None)
+    attention._cpu_computes_flex.cache_clear()
+    for case in CASES:
+        assert_equals_naive(case, "flex")
+    assert caplog.text.count("FlexAttention is wrong on CPUs without AVX512") == 1
+    attention._cpu_computes_flex.cache_clear()
 
 
 def test_attention_of_another_pattern_differs():
