@@ -17,11 +17,11 @@ _PATH = re.compile(rf"\.?[\w.-]+(?:/[\w.-]+)*(?:/|\.(?:{_SUFFIXES}))|(?:[\w.-]+/
 
 
 def tracked() -> list[str]:
-    """Returns the files of the project as git knows them, those not yet committed too."""
+    """Returns the files of the project as git knows them; what a user leaves beside is theirs."""
     if not (PROJECT / ".git").exists():
         pytest.skip("needs a git checkout")
     listing = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        ["git", "ls-files"],
         cwd=PROJECT, capture_output=True, text=True, check=True,
     )  # fmt: skip
     return [name for name in listing.stdout.splitlines() if (PROJECT / name).exists()]
