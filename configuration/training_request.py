@@ -88,16 +88,16 @@ def trainer_request(config: DictConfig) -> TrainerRequest:
 
 def training_request(config: DictConfig) -> TrainingRequest:
     """The request of a composed configuration, in which the batch size is a number."""
-    trainer, run_config = trainer_request(config), plain(config)
+    trainer, loggers = trainer_request(config), logger_request(config)
     return TrainingRequest(
         trainer=trainer,
-        loggers=logger_request(config),
-        callbacks=tuple(run_config["callbacks"].values()),
+        loggers=loggers,
+        callbacks=tuple(loggers.run_config["callbacks"].values()),
         ema=config.training.ema,
         save_dir=config.checkpointing.save_dir,
         rows_per_batch=config.loader.batch_size * trainer.world_size,
         seed=config.seed,
-        run_config=run_config,
+        run_config=loggers.run_config,
     )
 
 
