@@ -135,14 +135,19 @@ def file_lock(path: str | os.PathLike[str], *, timeout: float = -1) -> Iterator[
         lock = filelock.SoftFileLease(f"{path}.lease", timeout=timeout, lease_duration=_LEASE)
         lock.acquire()
     try:
-        Path(path).write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        holder = f"process {os.getpid()} on {socket.gethostname()}"
+        if "SLURM_JOB_ID" in os.environ:
+            restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
+            holder += f", Slurm job {os.environ['SLURM_JOB_ID']} after {restarts} restarts"
+        with contextlib.suppress(OSError):  # a full disk
+            Path(path).write_text(holder)
         yield
     finally:
         lock.release()
 
 
 def lock_holder(path: str | os.PathLike[str]) -> str:
-    """Who took a lock last, as `process 12 on node3`."""
+    """Who took a lock last: `process 12 on node3`, and its Slurm job."""
     with contextlib.suppress(OSError):
         return Path(path).read_text() or "another process"
     return "another process"

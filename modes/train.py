@@ -16,6 +16,7 @@ from evaluation.report import draw_training_curve
 from modes.batch_size import find_batch_size, with_batch_size
 from modes.starting_weights import new_model
 from training.resume import newest_whole_checkpoint
+from training.run_lock import only_training_in
 from training.signals import StopSignals
 from training.trainer import training_trainer
 from utils import absolute_path, file_exists, get_logger
@@ -28,8 +29,9 @@ def train(config: DictConfig) -> None:
 
     Raises:
         Interrupted: a signal ended it; the same command goes on.
+        ValueError: another training writes into the same directory.
     """
-    with StopSignals() as signals:
+    with StopSignals() as signals, only_training_in(config.checkpointing.save_dir):
         resume = checkpoint_to_resume(config)
         tokenizer = get_tokenizer(data_request(config))
         if config.loader.batch_size == "auto":
