@@ -1,5 +1,6 @@
 """The Lightning module: one training step, validation with the range search, the optimizer."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from configuration.training_request import plain
 from corpora.tokenization import mask_index_and_vocab_size
+from corpora.tokenizer_record import tokenizer_record
 from evaluation.metrics import NLL as NLLMetric
 from evaluation.metrics import likelihood_metrics
 from losses.clipped_schedule import (
@@ -56,6 +58,7 @@ class Diffusion(L.LightningModule):
         super().__init__()
         algo, training = config.algo, config.training
         self.run_config = plain(config)  # kept for the checkpoint and the optimizer's sections
+        self.tokenizer = tokenizer  # likewise for the checkpoint
         self.compile_setting = training.compile
         self.checkpoints_layers = training.activation_checkpointing == "blocks"
         self.seed = config.seed
@@ -178,16 +181,19 @@ class Diffusion(L.LightningModule):
         self.log("train/nll", self.train_nll, on_step=False, on_epoch=True, batch_size=size)
         return loss
 
+    def optimizer_settings(self) -> dict[str, Any]:
+        """The section `optim` under torch's names."""
+        optim = self.run_config["optim"]
+        return {
+            "lr": optim["lr"],
+            "betas": (optim["beta1"], optim["beta2"]),
+            "eps": optim["eps"],
+            "weight_decay": optim["weight_decay"],
+        }
+
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW, and the schedule of `lr_scheduler` stepped after every optimizer step."""
-        optim = self.run_config["optim"]
-        optimizer = fused_adamw(
-            self.backbone.parameters(),
-            lr=optim["lr"],
-            betas=(optim["beta1"], optim["beta2"]),
-            eps=optim["eps"],
-            weight_decay=optim["weight_decay"],
-        )
+        optimizer = fused_adamw(self.backbone.parameters(), **self.optimizer_settings())
         scheduler = hydra.utils.instantiate(self.run_config["lr_scheduler"], optimizer=optimizer)
         return {
             "optimizer": optimizer,
@@ -334,9 +340,15 @@ class Diffusion(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the original's keys; plain containers and tensors only, safe to load."""
         checkpoint["hyper_parameters"] = {"config": self.run_config}
+        checkpoint["tokenizer"] = self._tokenizer_record
         if self.clip_search is not None:
             checkpoint["sampling_eps_min"] = self.sampling_eps_min
             checkpoint["sampling_eps_max"] = self.sampling_eps_max
+
+    @functools.cached_property
+    def _tokenizer_record(self) -> dict[str, Any]:
+        name = self.run_config["data"]["tokenizer_name_or_path"]
+        return tokenizer_record(self.tokenizer, name=name)
 
     def _seed(self, stream: int, batch_number: int) -> None:
         torch.manual_seed(derive_seed(self.seed, stream, self.global_rank, batch_number))

@@ -17,7 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from checkpointing.description import KEYS, PARAMETERIZATIONS, completed, to_run_config
-from checkpointing.hub_directory import replacing, write_hub_directory, write_safetensors
+from checkpointing.hub_directory import (
+    replacing,
+    write_hub_directory,
+    write_safetensors,
+    write_tokenizer_record,
+)
 from checkpointing.loading import LoadReport, matching_weights
 from checkpointing.weights import Weights, read_weights
 from models.dit import DIT, DITConfig
@@ -72,13 +77,17 @@ def convert(
             shadow_params=[average[name] for name in parameters],
             progress=FRESH_AVERAGE | (weights.ema_progress if which is None else {}),
             hub_config=hub_config,
+            tokenizer=weights.tokenizer,
         )
         with replacing(destination) as partial:
             torch.save(checkpoint, partial)
     elif to == "hub":
         write_hub_directory(destination, tensors, hub_config)
+        write_tokenizer_record(destination, weights.tokenizer)
     else:
-        write_safetensors(destination, tensors, hub_config=hub_config)
+        write_safetensors(
+            destination, tensors, hub_config=hub_config, tokenizer=weights.tokenizer
+        )
     return report
 
 
@@ -139,6 +148,7 @@ def lightning_checkpoint(
     shadow_params: list[Tensor],
     progress: Mapping[str, float | int],
     hub_config: Mapping[str, Any],
+    tokenizer: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """A checkpoint in the original's layout, of plain containers and tensors.
 
@@ -149,6 +159,7 @@ def lightning_checkpoint(
         shadow_params: the moving average, in the order of the parameters.
         progress: `decay` and `num_updates` of the average.
         hub_config: becomes the part of `hyper_parameters` that is known.
+        tokenizer: that of the training, see `Weights.tokenizer`.
     """
     copies = {id(tensor): tensor.detach().clone() for tensor in (*state_dict.values(),
                                                                  *shadow_params)}  # fmt: skip
@@ -169,6 +180,8 @@ def lightning_checkpoint(
         "hyper_parameters": {"config": to_run_config(hub_config)},
         "ema": dict(progress) | {"shadow_params": [copies[id(tensor)] for tensor in shadow_params]},
     }
+    if tokenizer is not None:
+        checkpoint["tokenizer"] = dict(tokenizer)
     ends = {name: copies[id(state_dict[name])] for name in RANGE if name in state_dict}
     return checkpoint | ends
 

@@ -20,8 +20,10 @@ from torch import Tensor
 from utils import file_exists
 
 CONFIG, TENSORS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+# What is known of the tokenizer, see `corpora.tokenizer_record`; other projects' lack it.
+TOKENIZER = "tokenizer_record.json"
 HUB_FILES = (CONFIG, TENSORS)
-_DOWNLOADED = (CONFIG, INDEX, "*.safetensors")
+_DOWNLOADED = (CONFIG, INDEX, TOKENIZER, "*.safetensors")
 
 
 def looks_like_hub_id(source: str) -> bool:
@@ -131,19 +133,19 @@ def read_safetensors(path: str) -> dict[str, Tensor]:
         raise ValueError(f"{path}: not a safetensors file ({error})") from error
 
 
-def read_safetensors_config(path: str) -> dict[str, Any] | None:
-    """The description that `write_safetensors` left in a local file; None where there is none."""
+def read_safetensors_metadata(path: str, key: str) -> dict[str, Any] | None:
+    """What `write_safetensors` left in a local file: its `config` or `tokenizer`; None without."""
     fs, name = fsspec.core.url_to_fs(path)
     if not isinstance(fs, LocalFileSystem):
         return None
     try:
         with safe_open(name, "pt") as file:
-            config = json.loads((file.metadata() or {}).get("config", "null"))
+            content = json.loads((file.metadata() or {}).get(key, "null"))
     except SafetensorError as error:
         raise ValueError(f"{path}: not a safetensors file ({error})") from error
     except ValueError:  # metadata of somebody else
         return None
-    return config if isinstance(config, dict) else None
+    return content if isinstance(content, dict) else None
 
 
 @contextlib.contextmanager
@@ -169,10 +171,16 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_safetensors(
-    path: Path, tensors: Mapping[str, Tensor], *, hub_config: Mapping[str, Any]
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    hub_config: Mapping[str, Any],
+    tokenizer: Mapping[str, Any] | None,
 ) -> None:
-    """A .safetensors file, whole or not at all, with the description in its metadata."""
+    """A .safetensors file, whole or not at all, with the descriptions in its metadata."""
     metadata = {"format": "pt", "config": _json(hub_config)}
+    if tokenizer is not None:
+        metadata["tokenizer"] = _json(tokenizer)
     with replacing(path) as partial:
         safetensors.torch.save_file(_separate(tensors), partial, metadata=metadata)
 
@@ -197,8 +205,15 @@ def write_hub_directory(
         safetensors.torch.save_file(_separate(state_dict), tensors, metadata={"format": "pt"})
 
 
-def _json(hub_config: Mapping[str, Any]) -> str:
-    known = {key: value for key, value in hub_config.items() if value is not None}
+def write_tokenizer_record(directory: Path | str, record: Mapping[str, Any] | None) -> None:
+    """Leave in a Hub-format directory what is known of the tokenizer, if anything."""
+    if record is not None:
+        with replacing(Path(directory, TOKENIZER)) as partial:
+            partial.write_text(_json(record) + "\n", encoding="utf-8")
+
+
+def _json(content: Mapping[str, Any]) -> str:
+    known = {key: value for key, value in content.items() if value is not None}
     return json.dumps(known, indent=2, sort_keys=True)
 
 

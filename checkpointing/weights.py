@@ -14,11 +14,13 @@ from torch import Tensor
 from checkpointing import description
 from checkpointing.hub_directory import (
     CONFIG,
+    TOKENIZER,
     download,
     looks_like_hub_id,
     read_hub_directory,
+    read_json,
     read_safetensors,
-    read_safetensors_config,
+    read_safetensors_metadata,
 )
 from checkpointing.torch_file import read_torch_file
 from utils import file_exists
@@ -39,6 +41,8 @@ class Weights:
         run_config: the configuration of the training, nested, as far as a Lightning checkpoint has
             one.
         noise: the name of the schedule, where the file says it.
+        tokenizer: that it was trained with, see `corpora.tokenizer_record`; None where the file
+            does not say.
     """
 
     source: str
@@ -49,6 +53,7 @@ class Weights:
     ema_progress: dict[str, float | int] = field(default_factory=dict)
     run_config: dict[str, Any] = field(default_factory=dict)
     noise: str | None = None
+    tokenizer: dict[str, Any] | None = None
 
     def without_clipped_range(self) -> "Weights":
         """The same without the clipped range, which fine-tuning takes from its config."""
@@ -97,11 +102,15 @@ def read_weights(source: str) -> Weights:
     if fs.isdir(name):
         hub_config, tensors = read_hub_directory(place)
         said = description.from_hub_config(hub_config, source=f"{place}/{CONFIG}")
-        return replace(_weights(source, tensors, said=said), noise=hub_config.get("noise"))
+        weights = _weights(source, tensors, said=said)
+        path = f"{place}/{TOKENIZER}"
+        tokenizer = read_json(path) if file_exists(path) else None
+        return replace(weights, noise=hub_config.get("noise"), tokenizer=tokenizer)
     if place.endswith(".safetensors"):
-        hub_config = read_safetensors_config(place)
+        hub_config = read_safetensors_metadata(place, "config")
         said = hub_config and description.from_hub_config(hub_config, source=place)
-        return _weights(source, read_safetensors(place), said=said)
+        weights = _weights(source, read_safetensors(place), said=said)
+        return replace(weights, tokenizer=read_safetensors_metadata(place, "tokenizer"))
     return _lightning_weights(source, read_checkpoint(place))
 
 
@@ -127,7 +136,12 @@ def _lightning_weights(source: str, checkpoint: Mapping[str, Any]) -> Weights:
         checkpoint["state_dict"],
         said=description.from_run_config(config, vocab_size=None) if config else None,
     )
-    weights = replace(weights, run_config=config, noise=description.lookup(config, "noise.type"))
+    weights = replace(
+        weights,
+        run_config=config,
+        noise=description.lookup(config, "noise.type"),
+        tokenizer=description.plain_config(checkpoint.get("tokenizer")) or None,
+    )
     if checkpoint.get("ema") is None:
         return weights
     ema = checkpoint["ema"]

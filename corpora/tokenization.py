@@ -229,6 +229,11 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerBa
     return _finish(backend, **_SPECIALS)
 
 
+def bpe_of_rules(rules: str) -> PreTrainedTokenizerBase:
+    """Returns the BPE of `train_bpe` whose backend wrote itself down (`to_str`) as `rules`."""
+    return _finish(tokenizers.Tokenizer.from_str(rules), **_SPECIALS)
+
+
 def _byte_alphabet() -> list[str]:
     """Returns GPT-2's printable stand-in for each byte, in byte order."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)]

@@ -6,11 +6,12 @@ from typing import Any
 import lightning as L
 from omegaconf import DictConfig
 
+from checkpointing.weights import read_weights
 from configuration.data_request import data_request
 from configuration.training_request import plain, trainer_request
-from dataloader import get_dataloaders, get_tokenizer
+from dataloader import get_dataloaders
 from evaluation.report import print_table
-from modes.starting_weights import load_model
+from modes.starting_weights import load_model, tokenizer_of
 from training.manifest import config_hash
 from training.trainer import build_trainer
 from utils import absolute_path, write_text
@@ -23,8 +24,10 @@ def ppl_eval(config: DictConfig) -> str:
         The path of the JSON file: `eval.results_path`, or ppl_eval.json in the run directory.
     """
     data, trainer = data_request(config), build_trainer(trainer_request(config))
-    tokenizer = get_tokenizer(data)
-    model = load_model(config, tokenizer)
+    weights = read_weights(config.eval.checkpoint_path)
+    tokenizer = tokenizer_of(config, weights)
+    model = load_model(config, tokenizer, weights)
+    del weights
     _, loader = get_dataloaders(
         data,
         tokenizer,

@@ -13,10 +13,9 @@ from rich.text import Text
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from configuration.data_request import data_request
+from checkpointing.weights import read_weights
 from configuration.sampling_request import SamplingRequest, sampling_request
 from corpora.tokenization import mask_index_and_vocab_size
-from dataloader import get_tokenizer
 from diffusion import Diffusion
 from evaluation.generative_perplexity import (
     GenerativePerplexity,
@@ -28,7 +27,7 @@ from evaluation.report import print_table
 from evaluation.sample_log import SampleRecord, append_samples, make_logdir
 from models.inference import cast_matrices
 from models.masks import AttentionPattern
-from modes.starting_weights import load_model
+from modes.starting_weights import load_model, tokenizer_of
 from sampling.base import SamplerOutput
 from sampling.live import SamplingDisplay
 from sampling.options import SamplingOptions, suit_vocabulary
@@ -63,7 +62,8 @@ def sample_eval(config: DictConfig) -> str | None:
     """
     rank, _ = process_rank()
     request = sampling_request(config)
-    tokenizer = get_tokenizer(data_request(config))
+    weights = read_weights(request.checkpoint)
+    tokenizer = tokenizer_of(config, weights)
     mask_index, vocab_size = mask_index_and_vocab_size(tokenizer)
     # What may fail for a typing error comes before what takes long.
     rows = request.canvas_rows(tokenizer, mask_index=mask_index)
@@ -72,7 +72,8 @@ def sample_eval(config: DictConfig) -> str | None:
     logdir = absolute_path(request.logdir)
     make_logdir(logdir)
     device = resolve_device(request.accelerator)
-    model = load_model(config, tokenizer).to(device)
+    model = load_model(config, tokenizer, weights).to(device)
+    del weights
     make_fast(model, request)
     scorer = load_scorer(request, device)
     records: list[SampleRecord] = []

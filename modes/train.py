@@ -10,18 +10,22 @@ from checkpointing.weights import read_weights
 from configuration import validate
 from configuration.data_request import data_request
 from configuration.training_request import training_request
-from dataloader import get_dataloaders, get_tokenizer
+from dataloader import get_dataloaders
 from diffusion import Diffusion
 from evaluation.report import draw_training_curve
 from modes.batch_size import find_batch_size, with_batch_size
-from modes.starting_weights import new_model
+from modes.resumed_keys import resumed_config
+from modes.starting_weights import check_tokenizer, new_model, tokenizer_of
 from training.resume import newest_whole_checkpoint
 from training.run_lock import only_training_in
 from training.signals import StopSignals
 from training.trainer import training_trainer
+from training.typed_keys import typed_keys
 from utils import absolute_path, file_exists, get_logger
 
 logger = get_logger(__name__)
+
+RESUME_KEY = "checkpointing.resume_ckpt_path"
 
 
 def train(config: DictConfig) -> None:
@@ -33,7 +37,11 @@ def train(config: DictConfig) -> None:
     """
     with StopSignals() as signals, only_training_in(config.checkpointing.save_dir):
         resume = checkpoint_to_resume(config)
-        tokenizer = get_tokenizer(data_request(config))
+        source = resume or config.training.from_pretrained
+        weights = None if source is None else read_weights(source)
+        if resume is not None:
+            config = resumed_config(config, weights.run_config, typed=typed_keys())
+        tokenizer = tokenizer_of(config, weights)
         if config.loader.batch_size == "auto":
             config = with_batch_size(config, find_batch_size(config, tokenizer))
             validate(config)
@@ -45,7 +53,10 @@ def train(config: DictConfig) -> None:
         request, data = training_request(config), data_request(config)
         L.seed_everything(request.seed, verbose=False)
         # A run that goes on has its weights from its own checkpoint.
-        model = new_model(config, tokenizer) if resume is None else Diffusion(config, tokenizer)
+        if resume is None:
+            model = new_model(config, tokenizer, weights)
+        else:
+            model = Diffusion(config, tokenizer)
         num_parameters = sum(p.numel() for p in model.parameters())
         logger.info("%s: %.1f M parameters", config.algo.name, num_parameters / 1e6)
         trainer = training_trainer(request, signals=signals)
@@ -55,7 +66,9 @@ def train(config: DictConfig) -> None:
         if resume is not None:
             logger.info("Going on from the checkpoint %s", resume)
             # Lightning reads it again, but what does not fit is said clearly here.
-            load_weights(model, read_weights(resume), use_ema=False)
+            check_tokenizer(weights, tokenizer, key=RESUME_KEY, name=data.tokenizer_name_or_path)
+            load_weights(model, weights, use_ema=False)
+        del weights
         try:
             trainer.fit(model, train_loader, valid_loader, ckpt_path=resume, weights_only=True)
         finally:
@@ -85,7 +98,7 @@ def checkpoint_to_resume(config: DictConfig) -> str | None:
         return newest_whole_checkpoint(directory)
     if not file_exists(path):
         raise FileNotFoundError(
-            f"checkpointing.resume_ckpt_path={path}: there is no such file; allowed are a "
+            f"{RESUME_KEY}={path}: there is no such file; allowed are a "
             "checkpoint and, to start anew, null or checkpointing.resume_from_ckpt=false"
         )
     return path

@@ -65,6 +65,7 @@ class EMACallback(L.Callback):
             return
         if "ema" in checkpoint:
             self.ema.load_state_dict(checkpoint["ema"])
+            self.ema.decay = self.decay  # as typed, or as it was
         else:  # written with training.ema=0: the average starts from its weights
             self.ema = ExponentialMovingAverage(pl_module.parameters(), decay=self.decay)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 
 def fused_adamw(
@@ -35,6 +35,26 @@ def _keep_fused(_optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
     # The groups of a checkpoint replace the optimizer's, and say how the run before it computed.
     groups = [group | {"fused": True, "foreach": None} for group in state["param_groups"]]
     return state | {"param_groups": groups}
+
+
+def use_settings(
+    optimizer: Optimizer, scheduler: LRScheduler, *, lr: float, **settings: Any
+) -> None:
+    """Go on with these, after a checkpoint has put its own in their place.
+
+    Args:
+        optimizer: restored.
+        scheduler: of its learning rate, restored. It goes on from where it is, on its own curve.
+        lr: the peak.
+        settings: others of the optimizer (`betas`, `eps`, `weight_decay`).
+    """
+    for place, group in enumerate(optimizer.param_groups):
+        if isinstance(scheduler, LambdaLR):
+            rate = lr * scheduler.lr_lambdas[place](scheduler.last_epoch)
+        else:  # the next one follows from this one
+            rate = group["lr"] * (lr / group["initial_lr"])
+        group |= settings | {"lr": rate, "initial_lr": lr}
+        scheduler.base_lrs[place], scheduler._last_lr[place] = lr, rate
 
 
 def cosine_decay_with_warmup(

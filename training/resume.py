@@ -10,6 +10,8 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from training.manifest import describe_rows
+from training.optimizer import use_settings
 from utils import get_logger
 
 logger = get_logger(__name__)
@@ -77,12 +79,18 @@ class ResumeState(L.Callback):
       and of batches per step was.
     - The mean of `train/nll` since the epoch began.
 
+    The optimizer, which Lightning gives the checkpoint's settings, goes on with those of this run.
+
     Args:
         rows_per_batch: rows that all processes together take at a time.
+        is_stream: whether rows are made while training.
     """
 
-    def __init__(self, rows_per_batch: int):
+    def __init__(self, rows_per_batch: int, *, is_stream: bool = False):
         self.rows_per_batch = rows_per_batch
+        self.is_stream = is_stream
+        self._is_resumed = False
+        self._rows: dict[str, Any] | None = None
         self._validation_is_due = False
         self._epoch_is_unlogged = False
         self._is_prolonged = False
@@ -114,6 +122,7 @@ class ResumeState(L.Callback):
             "validation_is_due": self._validation_is_due,
             "rows_per_batch": self.rows_per_batch,
             "positions": positions,
+            "rows": describe_rows(trainer.train_dataloader),
             "train_nll": train_nll,
         }
         checkpoint["loops"]["fit_loop"]["state_dict"].pop("combined_loader")
@@ -123,6 +132,7 @@ class ResumeState(L.Callback):
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        self._is_resumed = True
         state = checkpoint.get("resume")
         loop = checkpoint["loops"]["fit_loop"]
         if state is None:
@@ -130,6 +140,7 @@ class ResumeState(L.Callback):
             logger.warning("The checkpoint lacks its place in the data: the epoch begins anew")
             return
         self._restore_position(trainer, loop, state)
+        self._rows = state.get("rows")
         self._validation_is_due = state["validation_is_due"]
         self._epoch_is_unlogged = (
             loop["epoch_loop.batch_progress"]["is_last_batch"] and state["train_nll"][1] > 0
@@ -148,7 +159,12 @@ class ResumeState(L.Callback):
         self, trainer: L.Trainer, loop: dict[str, Any], state: dict[str, Any]
     ) -> None:
         positions = state["positions"]
-        if "first_row" in positions[0] or len(positions) == trainer.world_size:
+        if ("first_row" not in positions[0]) is not self.is_stream:
+            logger.warning(
+                "data.streaming=%s, and it was not so in the checkpoint: the epoch begins anew",
+                str(self.is_stream).lower(),
+            )
+        elif not self.is_stream or len(positions) == trainer.world_size:
             own = positions[trainer.global_rank % len(positions)]
             loop["state_dict"]["combined_loader"] = [own]
         else:
@@ -162,6 +178,12 @@ class ResumeState(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         _check_same_step(trainer)
+        if self._is_resumed:
+            (schedule,) = trainer.lr_scheduler_configs
+            use_settings(
+                trainer.optimizers[0], schedule.scheduler, **pl_module.optimizer_settings()
+            )
+            self._compare_rows(describe_rows(trainer.train_dataloader))
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint):  # it would save amid gradient accumulation
                 callback._last_global_step_saved = trainer.global_step
@@ -170,6 +192,14 @@ class ResumeState(L.Callback):
             self._validate(trainer)
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             self._close_epoch(trainer, pl_module)
+
+    def _compare_rows(self, rows: dict[str, Any] | None) -> None:
+        if None not in (rows, self._rows) and rows["sha256"] != self._rows["sha256"]:
+            logger.warning(
+                "The %d training rows are not the %d of the checkpoint (other text, model.length "
+                "or keys of data): the run goes on at the same place of the epoch, in which some "
+                "may come twice and others not at all", rows["rows"], self._rows["rows"],
+            )  # fmt: skip
 
     def _validate(self, trainer: L.Trainer) -> None:
         """Run the validation that was due, as the training loop does, with its counters."""

@@ -86,4 +86,6 @@ def _training_callbacks(request: TrainingRequest, signals: StopSignals) -> list[
     callbacks += [NanGuard(request.save_dir), Throughput(), manifest]
     # The last one: a validation that was due is made up for when all others have begun.
     last = LastCheckpoint()
-    return [*callbacks, ResumeState(request.rows_per_batch), last, StopOnSignal(signals, last)]
+    is_stream = request.run_config["data"]["streaming"]
+    resume = ResumeState(request.rows_per_batch, is_stream=is_stream)
+    return [*callbacks, resume, last, StopOnSignal(signals, last)]

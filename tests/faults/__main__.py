@@ -1,5 +1,6 @@
 """Makes every fault happen and prints the table: `python -m tests.faults`. It takes minutes."""
 
+import os
 import sys
 
 import pytest
@@ -21,6 +22,7 @@ class Table:
 
 def main() -> int:
     table = Table()
+    os.environ["FAULT_PAIRS"] = "20"  # more than a test-suite has time for
     code = pytest.main(["-q", "-m", "slow or not slow", "-p", "no:warnings", __package__.replace(
         ".", "/"), *sys.argv[1:]], plugins=[table])  # fmt: skip
     print("\n| fault | tried | survived |\n|---|---|---|")

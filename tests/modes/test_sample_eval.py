@@ -36,7 +36,7 @@ def small_run(compose, tmp_path, monkeypatch):
                     value.normal_()
             return Weights("random", state)
 
-        monkeypatch.setattr(starting_weights, "read_weights", weights)
+        monkeypatch.setattr(sample_eval_module, "read_weights", weights)
         monkeypatch.setattr(sample_eval_module, "process_rank", lambda: (rank, world_size))
         sample_eval(config)
         log = tmp_path / "log" / "samples.jsonl"

@@ -6,6 +6,7 @@ Hub-format directories and with Lightning checkpoints that hold a pickled OmegaC
 
 import json
 import logging
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -13,12 +14,14 @@ import safetensors.torch
 import torch
 from omegaconf import DictConfig
 
+import main
+from checkpointing import convert
 from checkpointing.weights import read_weights
-from corpora.tokenization import load_tokenizer
+from corpora.tokenization import load_tokenizer, train_bpe
 from diffusion import Diffusion
 from modes.starting_weights import load_model, new_model
 from tests.helpers.small_module import module
-from tests.helpers.small_run import overrides
+from tests.helpers.small_run import overrides, sentences, write_text
 
 SMALL = ["data.tokenizer_name_or_path=text8", "model.length=16", "algo.backbone=hf_dit"]
 # algo and keys of the published models, with rows of 16 tokens for 1024
@@ -276,3 +279,63 @@ def test_a_mistyped_name_is_an_error(published, configured):
                         "eval.allow_missing=[backbone.ouput_layer.*]")  # fmt: skip
     with pytest.raises(ValueError, match=r"eval.allow_missing=\[backbone.ouput_layer.\*\]: no wei"):
         load_model(config, TEXT8)
+
+
+@pytest.fixture
+def trained(compose, tmp_path, monkeypatch):
+    """Trains on `bpe-280`, then lets the text grow: another bpe-280 would come of it."""
+    write_text(tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*changes: str) -> None:
+        small = ["algo=ar", "model.n_blocks=1", "data.tokenizer_name_or_path=bpe-280"]
+        config = compose(overrides(tmp_path, *small, *changes))
+        main.run(config, launch_dir=str(tmp_path))
+
+    run("trainer.max_steps=1")
+    with open(tmp_path / "train.txt", "a") as file:
+        file.write("xyzzy plugh " * 100)
+    return run
+
+
+def evaluate(trained, *changes: str) -> float:
+    trained("mode=ppl_eval", "eval.checkpoint_path=checkpoints/last.ckpt", *changes)
+    return json.loads(Path("ppl_eval.json").read_text())["val/nll"]
+
+
+def test_a_bpe_is_the_one_of_the_checkpoint(trained, tmp_path, caplog):
+    """The old weights were evaluated, trained on and fine-tuned with the ids of the new one."""
+    before = evaluate(trained, "data.train_path=null")  # which the text is not even needed for
+    with caplog.at_level(logging.INFO):
+        assert evaluate(trained) == before
+    assert "bpe-280 is the one in" in caplog.text and "Trained bpe-280" not in caplog.text
+    weights = read_weights("checkpoints/last.ckpt")
+    for changes in (
+        ["trainer.max_steps=2"],
+        ["training.from_pretrained=checkpoints/last.ckpt", "checkpointing.save_dir=tuned"],
+    ):
+        trained(*changes)
+    for path in ("checkpoints/last.ckpt", "tuned/checkpoints/last.ckpt"):
+        assert read_weights(path).tokenizer == weights.tokenizer
+    for name in ("hub", "w.safetensors", "again.ckpt"):
+        assert convert.main(["checkpoints/last.ckpt", name]) == 0
+        assert read_weights(name).tokenizer == weights.tokenizer
+
+
+def test_another_tokenizer_is_refused_and_an_unknown_one_warned_of(trained, tmp_path, caplog):
+    other = tmp_path / "other"
+    train_bpe((line[::-1] for line in sentences()), vocab_size=280).save_pretrained(other)
+    for changes in (
+        ["mode=ppl_eval", "eval.checkpoint_path=checkpoints/last.ckpt"],
+        ["mode=sample_eval", "eval.checkpoint_path=checkpoints/last.ckpt"],
+        ["training.from_pretrained=checkpoints/last.ckpt", "checkpointing.save_dir=tuned"],
+        ["trainer.max_steps=2"],
+    ):
+        with pytest.raises(ValueError, match=r"data\.tokenizer_name_or_path=.*other: it has .*"
+                           r"entries.*allowed is the tokenizer that .*last\.ckpt was trained with"):
+            trained(*changes, "data.tokenizer_name_or_path=other")  # fmt: skip
+    checkpoint = torch.load("checkpoints/last.ckpt", weights_only=True)
+    del checkpoint["tokenizer"]
+    torch.save(checkpoint, "checkpoints/last.ckpt")
+    evaluate(trained)
+    assert "does not say which tokenizer it was trained with" in caplog.text

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.helpers.references import generator
-from training.optimizer import cosine_decay_with_warmup, fused_adamw
+from training.optimizer import cosine_decay_with_warmup, fused_adamw, use_settings
 
 SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -121,3 +121,22 @@ def test_cosine_schedule_of_the_configuration(compose):
         optimizer.step()
         schedule.step()
     assert schedule.get_last_lr() == [pytest.approx(1e-6)]
+
+
+@pytest.mark.parametrize("schedule", ["lambda", "recursive"])
+def test_settings_replace_those_of_a_checkpoint_at_once(schedule):
+    """Not from the second step on: the rate in the group is that of the coming step."""
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = fused_adamw([weight], lr=1.0, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    if schedule == "recursive":
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    optimizer.step()
+    scheduler.step()
+    use_settings(optimizer, scheduler, lr=4.0, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1)
+    (group,) = optimizer.param_groups
+    assert group["lr"] == 2.0 and scheduler.get_last_lr() == [2.0]
+    assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.8, 0.9), 1e-6, 0.1)
+    optimizer.step()
+    scheduler.step()
+    assert group["lr"] == pytest.approx(4 / 3 if schedule == "lambda" else 1.0)
