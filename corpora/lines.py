@@ -58,8 +58,7 @@ def read_lines(path: str) -> Iterator[str]:
 def read_json_lines(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields the objects of a JSON Lines file, each behind its place for messages.
 
-    Lone halves of a surrogate pair become U+FFFD, see `without_surrogates`. Blank lines are
-    passed over.
+    Blank lines are passed over.
 
     Raises:
         FileNotFoundError, ValueError: as `read_lines`; a line that is no JSON object.
@@ -74,8 +73,7 @@ def read_json_lines(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
             raise ValueError(f"{where}: not JSON: {error}") from error
         if not isinstance(record, dict):
             raise ValueError(f"{where}: no JSON object but {line.strip():.60}")
-        yield where, {k: without_surrogates(v) if isinstance(v, str) else v
-                      for k, v in record.items()}  # fmt: skip
+        yield where, record
 
 
 def without_surrogates(text: str) -> str:
