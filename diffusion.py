@@ -34,6 +34,7 @@ from sampling.base import SamplerOutput, blank_canvas
 from sampling.generation import TextModel
 from sampling.options import SamplingOptions
 from training.acceleration import checkpoint_layers, compile_layers, is_compiled
+from training.high_loss import HighLoss
 from training.optimizer import fused_adamw
 from utils import TRAIN_STREAM, VALIDATION_STREAM, derive_seed
 
@@ -111,6 +112,7 @@ class Diffusion(L.LightningModule):
         self.validation_interval = NLL if reports_nll else FULL
         self.train_nll = NLLMetric()
         self.val_metrics = likelihood_metrics("val/")
+        self.high_loss = HighLoss(vocab_size=vocab_size, decode=tokenizer.decode)
 
     # --- the clipped range ---------------------------------------------------------------------
 
@@ -165,6 +167,9 @@ class Diffusion(L.LightningModule):
         if self.device_mesh is not None:
             shard(self.backbone, self.device_mesh["data_parallel"])
 
+    def configure_callbacks(self) -> list[L.Callback]:
+        return [self.high_loss]
+
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         # The noise (and dropout) of a batch depends on seed, rank and its number alone: no two
         # ranks share any, and a resumed run draws what an uninterrupted one would have drawn.
@@ -175,6 +180,10 @@ class Diffusion(L.LightningModule):
         mask = self.loss_mask(batch["attention_mask"], is_training=True)
         loss = masked_mean(losses, mask=mask)
         self.train_nll.update(losses, mask)
+        self.high_loss.see(
+            losses, mask=mask, x_0=batch["input_ids"], low=self.interval.low,
+            batch_idx=batch_idx, is_training=True,
+        )  # fmt: skip
         size = len(losses)
         # Not prog_bar=True: Lightning would read it, and so wait for the GPU, after every batch.
         self.log("trainer/loss", loss, on_step=True, sync_dist=True, batch_size=size)
@@ -230,7 +239,11 @@ class Diffusion(L.LightningModule):
         x_0 = batch["input_ids"]
         losses = self._validation_losses(x_0, batch_idx=batch_idx)
         mask = self.loss_mask(batch["attention_mask"], is_training=False)
-        self.val_metrics.update(losses[self.validation_interval], mask)
+        reported, low = losses[self.validation_interval], self.validation_interval.low
+        self.val_metrics.update(reported, mask)
+        self.high_loss.see(
+            reported, mask=mask, x_0=x_0, low=low, batch_idx=batch_idx, is_training=False
+        )
         self.log_dict(self.val_metrics, on_step=False, on_epoch=True, batch_size=len(x_0))
         if self._searches(batch_idx):
             for interval, losses_of in losses.items():

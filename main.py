@@ -17,7 +17,7 @@ from modes.train import train
 from training.parallel import leave_process_group
 from training.progress import quiet_known_noise
 from training.signals import Interrupted
-from utils import get_logger, keep_freed_memory
+from utils import get_logger, keep_freed_memory, print_without_fail
 
 logger = get_logger(__name__)
 register_resolvers()
@@ -68,4 +68,5 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    print_without_fail()
     main()

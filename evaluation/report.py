@@ -1,6 +1,7 @@
 """What a run leaves for the eye: a training-curve picture and a table of results."""
 
 import csv
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -48,8 +49,7 @@ def draw_training_curve(metrics_csv: Path, png: Path, *, title: str) -> None:
         axes.annotate(f"{val_nll[-1]:.3f}", (val_steps[-1], val_nll[-1]),
                       textcoords="offset points", xytext=(-4, 8), ha="right")  # fmt: skip
     axes.set(title=title, xlabel="optimizer step", ylabel="nats per token")
-    if losses:
-        shown = sorted(losses + val_nll)
+    if shown := sorted(filter(math.isfinite, losses + val_nll)):
         axes.set_ylim(shown[0] * 0.95, shown[int(0.98 * (len(shown) - 1))] * 1.1)
     axes.grid(alpha=0.3)
     axes.legend()

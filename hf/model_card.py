@@ -63,7 +63,7 @@ print(model(tokens, labels=tokens, seed=0).loss)  # {loss}
 The method is that of [Block Diffusion](https://arxiv.org/abs/2503.09573) (Arriola et al., ICLR \
 2025).
 """
-COLUMNS = ("val/ppl", "val/nll", "val/bpd", "num_tokens")
+COLUMNS = {"val/ppl": ".2f", "val/nll": ".4f", "val/bpd": ".4f", "num_tokens": ","}
 
 
 def model_card(
@@ -120,9 +120,10 @@ def evaluation_table(results: Sequence[dict[str, Any]], *, is_bound: bool) -> st
         "|---|---|---|---|---|",
     ]
     for row in results:
-        ppl, nll, bpd, num_tokens = (row[key] for key in COLUMNS)
+        # JSON has no infinity: such a number is null.
+        cells = ("not finite" if row[k] is None else f"{row[k]:{f}}" for k, f in COLUMNS.items())
         data = str(row["data"]).replace("|", "\\|").replace("\n", " ")
-        lines.append(f"| {data} | {ppl:.2f} | {nll:.4f} | {bpd:.4f} | {num_tokens:,} |")
+        lines.append(f"| {data} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -140,7 +141,9 @@ def read_results(path: str) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"--results {path}: not a JSON file ({error})") from error
     is_result = isinstance(results, dict) and "data" in results
-    if not is_result or not all(type(results.get(key)) in (int, float) for key in COLUMNS):
+    if not is_result or not all(
+        key in results and type(results[key]) in (int, float, type(None)) for key in COLUMNS
+    ):
         raise ValueError(
             f"--results {path}: not what mode=ppl_eval writes, which has data, {', '.join(COLUMNS)}"
         )

@@ -22,7 +22,13 @@ def test_smoothing_is_a_trailing_mean():
     assert smooth([], window=3) == []
 
 
-@pytest.mark.parametrize("text", [CSV, "step,val/nll\n1,2.5\n", "step,trainer/loss\n", None])
+BROKEN = "step,trainer/loss,val/nll\n0,inf,\n1,nan,\n2,2.5,inf\n"
+
+
+@pytest.mark.parametrize(
+    "text", [CSV, BROKEN, "step,val/nll\n1,2.5\n", "step,val/nll\n1,inf\n",
+             "step,trainer/loss\n", None]
+)  # fmt: skip
 def test_any_log_gives_a_picture(text, tmp_path):
     path, png = tmp_path / "metrics.csv", tmp_path / "curve.png"
     if text is not None:
