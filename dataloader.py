@@ -6,11 +6,9 @@ Rows are prepared once and kept in a cache (`corpora.row_cache`), or made while 
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-import rich.console
-import rich.progress
 import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
@@ -18,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from configuration.data_request import DataRequest, Role
 from corpora import row_cache, sources, tokenization
 from corpora.packing import DOCUMENTS_PER_BATCH, RowMaker, Rows, map_in_order
+from corpora.packing_progress import shown
 from corpora.registry import DatasetSpec
 from corpora.row_datasets import PackedRows, StreamedRows, share
 from corpora.row_order import RowLoader, RowOrder, SnapshotLoader, ignore_stop_signals
@@ -182,20 +181,21 @@ def _rows(
         "dataset": name,
         "documents": sources.describe(request),
         "tokenizer": tokenization.fingerprint(tokenizer),
+        "vocab_size": tokenization.mask_index_and_vocab_size(tokenizer)[1],
         "length": row_maker.length,
         "wrap": row_maker.wrap,
         "insert_eos": row_maker.insert_eos,
         "insert_special": row_maker.insert_special,
     }
 
-    def build() -> Iterable[Rows]:
+    def build(first: int) -> Iterator[Rows]:
         documents = spec.load(request)
-        batches = sources.in_batches(documents, request, DOCUMENTS_PER_BATCH)
-        return rich.progress.track(
+        batches = sources.in_batches(documents, request, DOCUMENTS_PER_BATCH, first=first)
+        return shown(
             map_in_order(row_maker, batches, num_proc=data.num_proc),
-            description=f"Tokenizing {name} {request.split}",
+            name=f"{name} {request.split}",
+            first=first,
             total=sources.num_batches(documents, DOCUMENTS_PER_BATCH),
-            console=rich.console.Console(stderr=True),
         )
 
     cache_dir = os.path.join(data.cache_dir, "rows")

@@ -3,9 +3,11 @@
 import contextlib
 import ctypes
 import errno
+import itertools
 import logging
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +28,21 @@ def get_logger(name: str) -> logging.Logger:
     if not any(isinstance(f, _RankZeroFilter) for f in logger.filters):
         logger.addFilter(_RankZeroFilter())
     return logger
+
+
+def in_batch_job() -> bool:
+    """Whether standard error is no terminal: whoever looks at the run reads its log."""
+    return not sys.stderr.isatty()
+
+
+def duration(seconds: float) -> str:
+    """In the two largest units: `3 d 4 h`, `12 h 31 min`, `5 min 2 s`; `7.3 s` below a minute."""
+    whole = round(seconds)
+    units = (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1))
+    for (unit, size), (next_unit, next_size) in itertools.pairwise(units):
+        if whole >= size:
+            return f"{whole // size} {unit} {whole % size // next_size} {next_unit}"
+    return f"{seconds:.1f} s"
 
 
 # glibc's <malloc.h>

@@ -93,12 +93,22 @@ def describe(request: Request) -> dict[str, Any]:
     return identity | {"python": platform.python_version()}
 
 
-def in_batches(documents: Documents, request: Request, size: int) -> Iterator[list[str]]:
-    """Yields the texts in batches of `size`; no document at all is a ValueError."""
+def in_batches(
+    documents: Documents, request: Request, size: int, *, first: int = 0
+) -> Iterator[list[str]]:
+    """Yields the texts in batches of `size`, without the `first` so many batches.
+
+    Raises:
+        ValueError: there is no document at all.
+    """
     batch = None
+    if first:
+        if isinstance(documents, datasets.Dataset) and first * size >= len(documents):
+            return  # `skip` refuses to leave out all there is
+        documents = documents.skip(first * size)
     for batch in documents.iter(batch_size=size):
         yield batch[request.text_column]
-    if batch is None:
+    if batch is None and first == 0:
         raise ValueError(
             f"{request.path_key}={request.path!r} holds no document; allowed: at least one, UTF-8"
         )
