@@ -31,7 +31,7 @@ from corpora.tokenization import bpe_size, load_tokenizer, mask_index_and_vocab_
 from dataloader import get_tokenizer
 from hf import BD3LM, BD3LMConfig
 from hf.model_card import model_card, read_results
-from hf.modeling_bd3lm import AUTO_MAP
+from hf.modeling_bd3lm import auto_map
 
 # What a network cannot be built without.
 NEEDED = ("algo", "vocab_size", "model_length", "hidden_dim", "n_blocks", "n_heads")
@@ -125,6 +125,8 @@ def write_directory(directory: Path, args: argparse.Namespace) -> None:
     if weights.shadow_params is not None:
         origin = "those of the last step" if args.raw else "the moving average of training"
     model.save_pretrained(directory)
+    # BERT's tokenizer would also make token_type_ids, which this model has no use for.
+    tokenizer.init_kwargs["model_input_names"] = ["input_ids", "attention_mask"]
     tokenizer.save_pretrained(directory)
     dataset = DATASETS.get(OmegaConf.select(run, "data.train") or "")
     card = model_card(
@@ -252,7 +254,9 @@ def _may_be_replaced(path: Path) -> bool:
     except (OSError, ValueError):
         return False
     # A clone has a folder .git, which is more than an export.
-    return config.get("auto_map") == AUTO_MAP and all(entry.is_file() for entry in entries)
+    said, ours = config.get("auto_map") or {}, auto_map(BD3LMConfig())
+    is_ours = bool(said) and said.items() <= ours.items()
+    return is_ours and all(entry.is_file() for entry in entries)
 
 
 if __name__ == "__main__":

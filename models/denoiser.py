@@ -125,7 +125,7 @@ class Denoiser:
     def for_sampling(self, *, compiled: bool = False) -> "Denoiser":
         """The same for inference, with the network in its fast form where sigma is always 0.
 
-        A network with adapters, quantized layers or hooks stays as it is, and its layers are called.
+        A network with adapters, quantized layers or hooks stays as it is: they count in a call.
 
         Args:
             compiled: compile the passes over a KV cache, and make CUDA graphs of them on a GPU.

@@ -128,6 +128,11 @@ class EmbeddingLayer(nn.Module):
         self.embedding = nn.Parameter(torch.empty(vocab_size, dim))
         nn.init.kaiming_uniform_(self.embedding, a=math.sqrt(5))
 
+    @property
+    def weight(self) -> nn.Parameter:
+        """The name that others, such as PEFT, know it by."""
+        return self.embedding
+
     def forward(self, indices: Tensor) -> Tensor:
         return F.embedding(indices, self.embedding)
 
@@ -305,7 +310,7 @@ class OutputLayer(nn.Module):
         if target is None:
             return self.linear(x)
         x, asked = x.flatten(0, -2), (target.tokens.flatten(), target.excluded)
-        if not is_plain(self.linear, nn.Linear):
+        if not is_plain(self.linear, nn.Linear) or self.linear.bias is None:
             return called_target_scores(x, self.linear, targets=asked[0], excluded=asked[1])
         x = x.to(matmul_dtype(self.linear.weight))
         return target_scores(
