@@ -23,15 +23,17 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedTokenizerBase
 
 from checkpointing.description import completed
+from checkpointing.hub_directory import write_tokenizer_record
 from checkpointing.loading import load_weights
 from checkpointing.weights import Weights, read_weights
 from configuration.data_request import data_request
 from corpora.registry import DATASETS
 from corpora.tokenization import bpe_size, load_tokenizer, mask_index_and_vocab_size
+from corpora.tokenizer_record import recorded_bpe, what_differs
 from dataloader import get_tokenizer
 from hf import BD3LM, BD3LMConfig
 from hf.model_card import model_card, read_results
-from hf.modeling_bd3lm import AUTO_MAP
+from hf.modeling_bd3lm import auto_map
 from utils import print_without_fail
 
 # What a network cannot be built without.
@@ -118,7 +120,7 @@ def write_directory(directory: Path, args: argparse.Namespace) -> None:
     results = [read_results(path) for path in args.results]
     weights = read_weights(args.checkpoint)
     run = OmegaConf.create(weights.run_config)
-    tokenizer = find_tokenizer(args, run)
+    tokenizer = find_tokenizer(args, run, weights)
     config = model_config(weights, tokenizer)
     model = BD3LM(config)
     print(load_weights(model, weights, use_ema=not args.raw))
@@ -126,7 +128,10 @@ def write_directory(directory: Path, args: argparse.Namespace) -> None:
     if weights.shadow_params is not None:
         origin = "those of the last step" if args.raw else "the moving average of training"
     model.save_pretrained(directory)
+    # BERT's tokenizer would also make token_type_ids, which this model has no use for.
+    tokenizer.init_kwargs["model_input_names"] = ["input_ids", "attention_mask"]
     tokenizer.save_pretrained(directory)
+    write_tokenizer_record(directory, weights.tokenizer)
     dataset = DATASETS.get(OmegaConf.select(run, "data.train") or "")
     card = model_card(
         args.repo_id,
@@ -140,14 +145,33 @@ def write_directory(directory: Path, args: argparse.Namespace) -> None:
     (directory / "README.md").write_text(card, encoding="utf-8")
 
 
-def find_tokenizer(args: argparse.Namespace, run: DictConfig) -> PreTrainedTokenizerBase:
+def find_tokenizer(
+    args: argparse.Namespace, run: DictConfig, weights: Weights
+) -> PreTrainedTokenizerBase:
     """The tokenizer of `--tokenizer`, or of the checkpoint.
 
     Raises:
-        ValueError: there is none, or it cannot be loaded.
+        ValueError: there is none, it cannot be loaded, or it is not that of the training.
     """
+    tokenizer = _named_tokenizer(args, run, weights)
+    differs = weights.tokenizer and what_differs(weights.tokenizer, tokenizer)
+    if differs:
+        raise ValueError(
+            f"--tokenizer: {differs}; allowed with {weights.source} is the one that it was "
+            f"trained with, {weights.tokenizer.get('name')}"
+        )
+    return tokenizer
+
+
+def _named_tokenizer(
+    args: argparse.Namespace, run: DictConfig, weights: Weights
+) -> PreTrainedTokenizerBase:
     if args.tokenizer is not None:
         return load_tokenizer(args.tokenizer)
+    record = weights.tokenizer or {}
+    tokenizer = recorded_bpe(record, name=str(record.get("name")), source=weights.source)
+    if tokenizer is not None:
+        return tokenizer
     if OmegaConf.select(run, "data.tokenizer_name_or_path") is not None:
         try:
             return recorded_tokenizer(run)
@@ -253,7 +277,9 @@ def _may_be_replaced(path: Path) -> bool:
     except (OSError, ValueError):
         return False
     # A clone has a folder .git, which is more than an export.
-    return config.get("auto_map") == AUTO_MAP and all(entry.is_file() for entry in entries)
+    said, ours = config.get("auto_map") or {}, auto_map(BD3LMConfig())
+    is_ours = bool(said) and said.items() <= ours.items()
+    return is_ours and all(entry.is_file() for entry in entries)
 
 
 if __name__ == "__main__":

@@ -73,6 +73,8 @@ def print_without_fail() -> None:
                 write_through=stream.write_through,
             )
             setattr(sys, name, terminal)
+
+
 def in_batch_job() -> bool:
     """Whether standard error is no terminal: whoever looks at the run reads its log."""
     return not sys.stderr.isatty()

@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from models.dit import EmbeddingLayer, LayerNorm
+from models.plain import is_plain
 from models.rotary import Rotary
 
 
@@ -20,7 +21,7 @@ def initialise(module: nn.Module, *, model: PreTrainedModel) -> None:
     if any(module is layer for layer in _zero_layers(model)):
         init.zeros_(module.weight)
         init.zeros_(module.bias)
-    elif isinstance(module, nn.Linear):
+    elif is_plain(module, nn.Linear):
         module.reset_parameters()
     elif isinstance(module, EmbeddingLayer):
         init.kaiming_uniform_(module.embedding, a=5**0.5)

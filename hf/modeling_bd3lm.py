@@ -1,41 +1,48 @@
 """The network and its samplers as a model of Hugging Face transformers."""
 
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
 from models.denoiser import Denoiser
 from models.dit import DIT, DITConfig
 from models.masks import AttentionPattern
 from noise_schedule import get_noise
-from sampling.base import SamplerOutput
-from sampling.generation import TextModel
 
 from .configuration_bd3lm import BD3LMConfig
 from .export import write_sources
-from .generation_inputs import prompt_canvas, sampling_options
+from .generation import SAMPLERS, SamplerGenerationMixin
 from .initialization import initialise
+from .layer_access import LayerAccess
 from .nelbo import nelbo
 
-SAMPLERS = {"subs": "semi_ar", "sedd": "analytic", "ar": "ar"}
 # Arguments of `push_to_hub`, which `save_pretrained(push_to_hub=True)` takes too.
 HUB_ARGUMENTS = (
     "repo_id", "commit_message", "commit_description", "private", "token", "revision",
     "create_pr", "tags",
 )  # fmt: skip
-AUTO_MAP = {
-    "AutoConfig": "configuration_bd3lm.BD3LMConfig",
-    "AutoModelForMaskedLM": "modeling_bd3lm.BD3LM",
-}
+# Arguments that callers of any model give, and that change nothing here.
+IGNORED = ("token_type_ids", "num_items_in_batch", "use_cache")
 
 
-class BD3LM(PreTrainedModel, GenerationMixin):
+def auto_map(config: BD3LMConfig) -> dict[str, str]:
+    """Which of transformers' Auto classes load the model; the last where it writes on and on."""
+    is_causal = config.parameterization == "ar" or (
+        config.parameterization == "subs" and config.cross_attn
+    )
+    models = ("AutoModel", "AutoModelForMaskedLM", "AutoModelForCausalLM")[: 2 + is_causal]
+    named = {name: "modeling_bd3lm.BD3LM" for name in models}
+    return {"AutoConfig": "configuration_bd3lm.BD3LMConfig", **named}
+
+
+class BD3LM(LayerAccess, SamplerGenerationMixin, PreTrainedModel):
     """AR, MDLM, SEDD and block diffusion language models.
 
         model = AutoModelForMaskedLM.from_pretrained(directory, trust_remote_code=True)
@@ -48,6 +55,9 @@ class BD3LM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "backbone"
     _supports_sdpa = True
     _no_split_modules = ["DITBlock"]
+    supports_gradient_checkpointing = True
+    # The loss is a mean over the tokens of a batch, as trainers expect that accumulate gradients.
+    accepts_loss_kwargs = False
     # Angles and the range of t have more digits than half precision.
     _keep_in_fp32_modules_strict = ["rotary_emb", "sampling_eps_min", "sampling_eps_max"]
     # The range of t is no part of every published file.
@@ -84,6 +94,15 @@ class BD3LM(PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module: nn.Module) -> None:
         initialise(module, model=self)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BD3LM":
+        """As in torch, but `half()` and the like leave the range of t its digits."""
+        kept = {k: v for k, v in self._buffers.items() if k.startswith("sampling_eps")}
+        super()._apply(fn, recurse)
+        for name, value in kept.items():
+            if self._buffers[name].dtype.itemsize < value.dtype.itemsize:
+                self._buffers[name] = value.to(self._buffers[name].device)
+        return self
 
     @property
     def is_block_diffusion(self) -> bool:
@@ -126,6 +145,7 @@ class BD3LM(PreTrainedModel, GenerationMixin):
         seed: int | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        **others: Any,
     ) -> MaskedLMOutput | tuple[Tensor, ...]:
         """Logits, and with labels the NELBO.
 
@@ -143,11 +163,22 @@ class BD3LM(PreTrainedModel, GenerationMixin):
             seed: of that draw; by default torch's own stream goes on (`torch.manual_seed`).
             output_hidden_states: also what goes into the first block and comes out of each.
             return_dict: a `MaskedLMOutput` or a tuple; by default as the config says.
+            others: what transformers and PEFT give every model; None, False, and what is of no
+                consequence here (`IGNORED`).
 
         Returns:
             loss (), logits (B, T, V) with `cross_attn` and without `sample_mode` (B, N, V), and
             hidden states, n_blocks + 1 times (B, T, D).
+
+        Raises:
+            ValueError: an argument that this model cannot heed, or rows that do not fit.
         """
+        for name, value in others.items():
+            if name not in IGNORED and value is not None and value is not False:
+                raise ValueError(
+                    f"forward({name}=...): this model has none; allowed are input_ids, timesteps, "
+                    "sample_mode, attention_mask, labels, seed, output_hidden_states, return_dict"
+                )
         if sample_mode is None:
             sample_mode = labels is not None
         if output_hidden_states is None:
@@ -194,7 +225,8 @@ class BD3LM(PreTrainedModel, GenerationMixin):
                 for module in modules
             ]
         try:
-            return self.denoiser.logits(input_ids, timesteps, pattern=pattern)
+            sigma = timesteps if self.config.time_conditioning else None
+            return self.backbone(input_ids, sigma, pattern=pattern)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -223,75 +255,6 @@ class BD3LM(PreTrainedModel, GenerationMixin):
                 seed=seed,
             )
 
-    # --- sampling --------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def generate(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        *,
-        num_samples: int = 1,
-        max_length: int | None = None,
-        max_new_tokens: int | None = None,
-        seed: int = 0,
-        max_retries: int = 10,
-        return_dict_in_generate: bool = False,
-        **options: Any,
-    ) -> Tensor | SamplerOutput:
-        """Sample with this model's sampler.
-
-        Args:
-            input_ids: prompts (B, P), or texts in which `config.mask_index` marks what is to be
-                filled. BOS goes before them where they do not all begin with it. None: BOS.
-            attention_mask: 0 behind the end of a prompt that is shorter than others, (B, P).
-            num_samples: rows where there is no prompt.
-            max_length: tokens with BOS and prompt; by default the model's length, or that of the
-                prompts with `max_new_tokens`.
-            max_new_tokens: tokens behind each prompt; by default up to `max_length`.
-            seed: of all rows; a row does not depend on the others.
-            max_retries: how often a row that degenerates is drawn again.
-            return_dict_in_generate: return the whole `SamplerOutput` (lengths, passes and so on).
-            options: fields of `SamplingOptions`, such as `nucleus_p`, `kv_cache`, `num_steps`.
-
-        Returns:
-            Tokens (B, N); behind the end of a row there is EOS.
-
-        Raises:
-            ValueError: names the argument, its value and what is allowed.
-        """
-        self._check_known("parameterization", "mask_index", "bos_token_id", "eos_token_id")
-        config = self.config
-        settings = sampling_options(options, config=config)
-        if input_ids is None:
-            input_ids = torch.full((num_samples, 1), config.bos_token_id)
-        canvas, limits = prompt_canvas(
-            input_ids.to(self.device),
-            None if attention_mask is None else attention_mask.to(self.device),
-            config=config,
-            max_length=max_length,
-            max_new_tokens=max_new_tokens,
-        )
-        model = TextModel(
-            denoiser=self.denoiser,
-            sampler=SAMPLERS[config.parameterization],
-            block_size=config.block_size,
-            is_block_causal=self.is_block_diffusion,
-            mask_index=config.mask_index,
-            eos_index=config.eos_token_id,
-            noise=self.noise,
-        )
-        was_training = self.training
-        self.eval()
-        try:
-            with self._precision():
-                output = model.generate(
-                    canvas, options=settings, seed=seed, limits=limits, max_retries=max_retries
-                )
-        finally:
-            self.train(was_training)
-        return output if return_dict_in_generate else output.tokens[:, : int(limits.max())]
-
     # --- files -----------------------------------------------------------------------------------
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
@@ -302,7 +265,7 @@ class BD3LM(PreTrainedModel, GenerationMixin):
         """
         hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         is_pushed = kwargs.pop("push_to_hub", False)
-        self.config.auto_map = dict(AUTO_MAP)
+        self.config.auto_map = auto_map(self.config)
         super().save_pretrained(save_directory, **kwargs)
         if kwargs.get("is_main_process", True):
             write_sources(save_directory)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .dit import DIT, Target
-from .inference import InferenceDIT
+from .inference import InferenceDIT, can_be_read
 from .kernels.chunked_head import NEG_INFINITY, TargetScores
 from .kv_cache import CleanHalf, KVCache
 from .masks import AttentionPattern
@@ -125,10 +125,13 @@ class Denoiser:
     def for_sampling(self, *, compiled: bool = False) -> "Denoiser":
         """The same for inference, with the network in its fast form where sigma is always 0.
 
+        A network with adapters, quantized layers or hooks stays as it is: they count in a call.
+
         Args:
             compiled: compile the passes over a KV cache, and make CUDA graphs of them on a GPU.
         """
-        if self.time_conditioning or not isinstance(self.backbone, DIT):
+        is_read = isinstance(self.backbone, DIT) and can_be_read(self.backbone)
+        if self.time_conditioning or not is_read:
             return self
         fast = InferenceDIT(self.backbone, packs=not compiled)
         return replace(self, backbone=StaticInferenceDIT(fast) if compiled else fast)

@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.kernels.chunked_head import TargetScores, target_scores
+from models.kernels.chunked_head import TargetScores, called_target_scores, target_scores
 from models.kernels.gelu_linear import gelu_linear
 
 from .attention import attend
 from .kv_cache import CleanHalf, KVCache
 from .masks import AttentionPattern
+from .plain import is_plain
 from .rotary import Rotary, rotate
 
 
@@ -74,7 +75,7 @@ IDENTITY = Modulation(None, None, None)
 
 
 class LayerNorm(nn.Module):
-    """Layer norm without bias, then its modulation, in float32 whatever the precision around."""
+    """Layer norm without bias, then its modulation, in float32 also where products are in half."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -83,14 +84,15 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor, modulation: Modulation = IDENTITY) -> Tensor:
         """norm(x) w (1 + scale) + shift of (..., D)."""
         with torch.autocast(device_type=x.device.type, enabled=False):
-            weight, bias = self.weight.float(), None
+            dtype = torch.promote_types(self.weight.dtype, torch.float32)
+            weight, bias = self.weight.to(dtype), None
             is_constant = modulation.shift is not None and modulation.shift.numel() == len(weight)
             if is_constant:
                 # One operation on the tokens instead of three, of which a backward pass would
                 # keep the results.
-                weight = weight * (1 + modulation.scale.flatten().float())
-                bias = modulation.shift.flatten().float()
-            normed = F.layer_norm(x.float(), weight.shape, weight, bias)
+                weight = weight * (1 + modulation.scale.flatten().to(dtype))
+                bias = modulation.shift.flatten().to(dtype)
+            normed = F.layer_norm(x.to(dtype), weight.shape, weight, bias)
         return normed if is_constant else modulation.modulate(normed)
 
 
@@ -99,6 +101,11 @@ def matmul_dtype(weight: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(weight.device.type):
         return torch.get_autocast_dtype(weight.device.type)
     return weight.dtype
+
+
+def weights_dtype(module: nn.Module) -> torch.dtype:
+    """The precision that a module's weights have, of which quantized ones are no example."""
+    return next(p.dtype for p in module.parameters() if p.is_floating_point())
 
 
 class Target(NamedTuple):
@@ -121,6 +128,11 @@ class EmbeddingLayer(nn.Module):
         self.embedding = nn.Parameter(torch.empty(vocab_size, dim))
         nn.init.kaiming_uniform_(self.embedding, a=math.sqrt(5))
 
+    @property
+    def weight(self) -> nn.Parameter:
+        """The name that others, such as PEFT, know it by."""
+        return self.embedding
+
     def forward(self, indices: Tensor) -> Tensor:
         return F.embedding(indices, self.embedding)
 
@@ -142,7 +154,8 @@ class SigmaEmbedder(nn.Module):
         half = self.NUM_FEATURES // 2
         steps = torch.arange(half, dtype=torch.float32, device=sigma.device) / half
         angles = sigma.float()[..., None] * torch.exp(-math.log(self.MAX_PERIOD) * steps)
-        return self.mlp(torch.cat((angles.cos(), angles.sin()), dim=-1))
+        features = torch.cat((angles.cos(), angles.sin()), dim=-1)
+        return self.mlp(features.to(torch.promote_types(weights_dtype(self), torch.float32)))
 
 
 def split_heads(
@@ -239,9 +252,18 @@ class DITBlock(nn.Module):
     def add(self, x: Tensor, heads: Tensor, attn: Modulation, feed_forward: Modulation) -> Tensor:
         """x (B, T, D) plus what the heads read (B, T, D), and then plus the feed-forward."""
         x = x + attn.gated(self.dropout(self.attn_out(heads)))
-        up, _, down = self.mlp
-        h = gelu_linear(up(self.norm2(x, feed_forward)), down)
+        h = self.feed_forward(self.norm2(x, feed_forward))
         return x + feed_forward.gated(self.dropout(h))
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """The feed-forward network of (B, T, D), in its saving form where no layer was changed."""
+        # A compiler decides itself what is computed anew.
+        if torch.compiler.is_compiling() or not is_plain(self.mlp, nn.Sequential):
+            return self.mlp(x)
+        up, act, down = self.mlp
+        if not (is_plain(act, nn.GELU) and is_plain(down, nn.Linear)):
+            return self.mlp(x)
+        return gelu_linear(up(x), down)
 
     def dropout(self, h: Tensor) -> Tensor:
         return F.dropout(h, p=self.config.dropout, training=self.training)
@@ -287,12 +309,12 @@ class OutputLayer(nn.Module):
         x = self.norm_final(x, self.modulation(condition))
         if target is None:
             return self.linear(x)
+        x, asked = x.flatten(0, -2), (target.tokens.flatten(), target.excluded)
+        if not is_plain(self.linear, nn.Linear) or self.linear.bias is None:
+            return called_target_scores(x, self.linear, targets=asked[0], excluded=asked[1])
+        x = x.to(matmul_dtype(self.linear.weight))
         return target_scores(
-            x.flatten(0, -2).to(matmul_dtype(self.linear.weight)),
-            self.linear.weight,
-            self.linear.bias,
-            targets=target.tokens.flatten(),
-            excluded=target.excluded,
+            x, self.linear.weight, self.linear.bias, targets=asked[0], excluded=asked[1]
         )
 
 
@@ -369,15 +391,17 @@ class DIT(nn.Module):
         kind: Callable[..., KVCache] = KVCache,
     ) -> KVCache:
         """An empty cache for this network, by default of the precision its keys have right now."""
-        weight = self.output_layer.linear.weight
+        device = next(self.parameters()).device
+        if dtype is None and torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
         return kind(
             n_layers=len(self.blocks),
             batch_size=batch_size,
             n_heads=self.config.n_heads,
             capacity=capacity,
             head_dim=self.config.head_dim,
-            device=weight.device,
-            dtype=dtype or matmul_dtype(weight),
+            device=device,
+            dtype=dtype or weights_dtype(self),
         )
 
     def condition(self, sigma: Tensor | None, *, indices: Tensor) -> Tensor | None:

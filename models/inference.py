@@ -17,13 +17,42 @@ from torch import Tensor, nn
 from models.kernels.cached_attention import MAX_NEW_TOKENS, cached_attention, can_attend_cached
 from models.kernels.packed_linear import PackedLinear, can_pack
 
-from .dit import DIT, DITBlock, LayerNorm, Modulation, attend_heads, matmul_dtype, split_heads
+from .dit import (
+    DIT,
+    DITBlock,
+    EmbeddingLayer,
+    LayerNorm,
+    Modulation,
+    OutputLayer,
+    SigmaEmbedder,
+    attend_heads,
+    matmul_dtype,
+    split_heads,
+    weights_dtype,
+)
 from .kv_cache import KVCache
 from .masks import AttentionPattern
+from .plain import is_plain
+from .rotary import Rotary
+
+_PARTS = (
+    DIT, DITBlock, EmbeddingLayer, LayerNorm, OutputLayer, SigmaEmbedder, Rotary,
+    nn.GELU, nn.Linear, nn.ModuleList, nn.Sequential, nn.SiLU, PackedLinear,
+)  # fmt: skip
+
+
+def can_be_read(network: nn.Module) -> bool:
+    """Whether `InferenceDIT` may read this network's weights: all its parts are those of `DIT`.
+
+    A part with an adapter, quantized, sharded or hooked must be called, see `plain`. In float64,
+    which `InferenceDIT` does not keep, somebody compares numbers.
+    """
+    is_double = weights_dtype(network) == torch.float64
+    return not is_double and all(is_plain(module, *_PARTS) for module in network.modules())
 
 
 def cast_matrices(network: nn.Module, dtype: torch.dtype, *, packs: bool = True) -> None:
-    """Keep the weights of all linear layers in this precision, in place; packed where that pays.
+    """Keep the weights of plain linear layers in this precision, in place; packed where that pays.
 
     Under autocast of the same precision the results do not change; the copies that autocast would
     make of the weights are spared. For a network that is not trained or saved any more.
@@ -34,7 +63,7 @@ def cast_matrices(network: nn.Module, dtype: torch.dtype, *, packs: bool = True)
     """
     for module in list(network.modules()):
         for name, layer in module.named_children():
-            if isinstance(layer, nn.Linear):
+            if is_plain(layer, nn.Linear):
                 layer.to(dtype)
                 if packs and can_pack(layer.weight):
                     setattr(module, name, PackedLinear(layer.weight, layer.bias))
@@ -128,7 +157,8 @@ class InferenceDIT:
     """Called as `DIT` is, without sigma.
 
     Args:
-        network: shares its weights where they already have the right form, else casts copies.
+        network: shares its weights where they already have the right form, else casts copies;
+            `can_be_read` says whether it may.
         packs: keep weights packed where that pays; the compiler cannot take them.
 
     Attributes:

@@ -1,5 +1,7 @@
 """Rotary position embedding (Su et al., arXiv 2104.09864), rotate-half form."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +18,14 @@ class Rotary(nn.Module):
         super().__init__()
         self.head_dim, self.base = head_dim, base
         self.register_buffer("inv_freq", self.frequencies())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Rotary":
+        """As in torch, but `model.half()` and the like leave the angles their digits."""
+        kept = self.inv_freq
+        super()._apply(fn, recurse)
+        if self.inv_freq.dtype.itemsize < kept.dtype.itemsize:
+            self.inv_freq = kept.to(self.inv_freq.device)
+        return self
 
     def frequencies(self) -> Tensor:
         """base^(-2i/d) for i = 0 .. d/2 - 1, shape (d/2,)."""
@@ -34,7 +44,10 @@ class Rotary(nn.Module):
 
 
 def rotate(x: Tensor, *, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x_i, x_{i + d/2}) of queries or keys (..., B, H, T, d), in float32."""
-    first, second = x.float().chunk(2, dim=-1)
+    """Rotate the pairs (x_i, x_{i + d/2}) of queries or keys (..., B, H, T, d).
+
+    In float32, also where they are in half precision.
+    """
+    first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
     rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return rotated.to(x.dtype)

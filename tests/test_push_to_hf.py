@@ -18,13 +18,14 @@ import push_to_hf
 from checkpointing.convert import convert
 from checkpointing.loading import load_weights
 from checkpointing.weights import read_weights
-from corpora.tokenization import load_tokenizer
+from corpora.tokenization import load_tokenizer, train_bpe
+from corpora.tokenizer_record import tokenizer_record, what_differs
 from diffusion import Diffusion
 from hf import BD3LM
 from tests.helpers.elsewhere import outside
 from tests.helpers.places import PROJECT
 from tests.helpers.references import generator
-from tests.helpers.small_run import ALGOS
+from tests.helpers.small_run import ALGOS, sentences
 from tests.helpers.twins import tiny, twins
 from tests.parity.rows import load_golden
 
@@ -89,6 +90,21 @@ def test_dry_run_from_our_checkpoints(algo, checkpoint, tmp_path):
             assert config.sampling_eps_min == 0.3 and model.sampling_eps_min == torch.tensor(0.3)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=False)
     assert tokenizer("a dog")["input_ids"] == load_tokenizer("text8")("a dog")["input_ids"]
+
+
+def test_the_tokenizer_is_that_of_the_training(checkpoint, tmp_path, capsys):
+    """A `bpe-N` was made again of the training text, where that was still there."""
+    path, _ = checkpoint("ar")
+    content = torch.load(path, weights_only=True)
+    bpe = train_bpe(sentences(), vocab_size=260)
+    content["tokenizer"] = tokenizer_record(bpe, name="bpe-260")
+    torch.save(content, path)
+    push(path, "me/mine", "--dry-run", tmp_path / "out")
+    exported = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert what_differs(content["tokenizer"], exported) is None
+    assert read_weights(str(tmp_path / "out")).tokenizer == content["tokenizer"]
+    said = refusal(capsys, path, "me/mine", "--dry-run", tmp_path / "b", "--tokenizer", "bytes")
+    assert "--tokenizer: it has as many entries (260), but others; allowed with" in said
 
 
 @pytest.mark.parametrize("algo", ALGOS)

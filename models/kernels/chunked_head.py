@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 # Logits at a time: small enough for memory that is used again and again, see `keep_freed_memory`.
 MAX_LOGITS = 2**22
@@ -123,3 +124,32 @@ def target_scores(
     chunk = chunk or max(512, MAX_LOGITS // len(x))
     with torch.autocast(x.device.type, enabled=False):
         return TargetScores(*_TargetScores.apply(x, weight, bias, targets, excluded, chunk))
+
+
+def called_target_scores(
+    x: Tensor, layer: nn.Module, *, targets: Tensor, excluded: int, rows: int = 1024
+) -> TargetScores:
+    """The same of a layer that is called: one with an adapter, quantized, hooked (`is_plain`).
+
+    Args:
+        x: what the output projection is given, (n, D).
+        layer: (n, D) -> logits (n, V).
+        targets, excluded: see `target_scores`.
+        rows: positions at a time, whose logits the backward pass computes anew; no result depends
+            on it.
+    """
+
+    def scores(x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = layer(x)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        column = torch.arange(logits.shape[-1], device=logits.device) == excluded
+        logits = logits.masked_fill(column, NEG_INFINITY)
+        return logits.gather(-1, targets[:, None])[:, 0], logits.logsumexp(dim=-1)
+
+    if len(x) <= rows:
+        return TargetScores(*scores(x, targets))
+    parts = [
+        checkpoint(scores, *part, use_reentrant=False)
+        for part in zip(x.split(rows), targets.split(rows), strict=True)
+    ]
+    return TargetScores(*(torch.cat(column) for column in zip(*parts, strict=True)))

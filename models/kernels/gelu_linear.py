@@ -18,10 +18,12 @@ class _GeluLinear(torch.autograd.Function):
         return F.linear(F.gelu(h, approximate="tanh"), weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         h, weight = ctx.saved_tensors
         rows = grad.flatten(0, -2)
-        grad_weight = torch.mm(rows.t(), F.gelu(h, approximate="tanh").flatten(0, -2))
+        grad_weight = None
+        if ctx.needs_input_grad[1]:  # frozen beside an adapter
+            grad_weight = torch.mm(rows.t(), F.gelu(h, approximate="tanh").flatten(0, -2))
         grad_h = torch.ops.aten.gelu_backward(grad @ weight, h, approximate="tanh")
         return grad_h, grad_weight, rows.sum(dim=0)
 
@@ -31,10 +33,9 @@ def gelu_linear(h: Tensor, linear: nn.Linear) -> Tensor:
 
     Args:
         h: in the precision of the matrix products.
-        linear: from K to M, with a bias.
+        linear: from K to M, with a bias; see `plain.is_plain`.
     """
-    # A compiler decides itself what is computed anew.
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled():
         return linear(F.gelu(h, approximate="tanh"))
     weight, bias = linear.weight.to(h.dtype), linear.bias.to(h.dtype)
     with torch.autocast(h.device.type, enabled=False):

@@ -235,6 +235,48 @@ def test_half_precision(build, tmp_path):
     assert half.generate(num_samples=2, kv_cache=True).shape == (2, 16)
 
 
+def test_arguments_that_any_model_is_given():
+    """BERT's tokenizer makes token_type_ids; PEFT and trainers name the arguments of all models."""
+    model, ids = tiny().eval(), torch.ones(1, 8, dtype=torch.int64)
+    given = {"token_type_ids": ids, "inputs_embeds": None, "output_attentions": False}
+    assert torch.equal(model(ids, **given).logits, model(ids).logits)
+    assert model.generate(ids[:, :2], token_type_ids=ids[:, :2]).shape == (1, 8)
+    with pytest.raises(ValueError, match=r"forward\(inputs_embeds=...\): .* allowed are input_ids"):
+        model(ids, inputs_embeds=torch.zeros(1, 8, 32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_cast_by_hand(dtype):
+    """`model.double()` failed, and `model.bfloat16()` rounded the angles of the positions."""
+    model = tiny().eval()
+    torch.nn.init.normal_(model.backbone.output_layer.linear.weight)
+    kept = [model.backbone.rotary_emb.inv_freq.clone(), model.sampling_eps_min.clone()]
+    ids = torch.randint(0, 19, (2, 8), generator=generator(0))
+    expected = model(ids, labels=ids, seed=1)
+    model.to(dtype)
+    found = model(ids, labels=ids, seed=1)
+    rough = {"atol": 0.1, "rtol": 0.05} if dtype.itemsize < 4 else {"atol": 1e-4, "rtol": 1e-4}
+    torch.testing.assert_close(found.logits.float(), expected.logits, **rough)
+    torch.testing.assert_close(found.loss.float(), expected.loss, **rough)
+    found.loss.backward()
+    left = [model.backbone.rotary_emb.inv_freq, model.sampling_eps_min]
+    assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(left, kept, strict=True))
+    assert model.generate(num_samples=2, kv_cache=True).shape == (2, 8)
+
+
+@pytest.mark.parametrize("cross_attn", [True, False])
+def test_forward_compiles(cross_attn):
+    """Building a frozen dataclass in a compiled forward pass ended in an error of the compiler."""
+    model = tiny(cross_attn=cross_attn, model_length=128).eval()
+    torch.nn.init.normal_(model.backbone.output_layer.linear.weight)
+    ids = torch.randint(0, 19, (1, 256), generator=generator(0))
+    with torch.no_grad():
+        expected = model(ids).logits
+        torch.compiler.reset()
+        found = torch.compile(model, backend="eager")(ids).logits
+    torch.testing.assert_close(found, expected)
+
+
 # --- sampling -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("algo", ALGOS)
@@ -289,13 +331,13 @@ def test_gaps_are_filled_and_the_rest_stays(build):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"top_p": 0.9}, r"generate\(top_p=0.9\): allowed are first_hitting, .*nucleus_p"),
+        ({"num_beams": 4}, r"generate\(num_beams=4\): .* allowed are first_hitting, .*nucleus_p"),
         ({"nucleus_p": 2}, "nucleus_p=2: allowed is a number"),
         ({"first_hitting": False}, "num_steps=0: allowed are integers from 1"),
         ({"input_ids": torch.ones(1, 9).long()}, "prompt of 10 tokens .* max_length=8"),
         (
-            {"input_ids": torch.ones(1, 2).long(), "attention_mask": torch.tensor([[0, 1]])},
-            "padding behind the prompts",
+            {"input_ids": torch.ones(1, 3).long(), "attention_mask": torch.tensor([[1, 0, 1]])},
+            "padding before or behind a prompt",
         ),
     ],
     ids=["option", "value", "steps", "length", "padding"],

@@ -81,3 +81,12 @@ def test_both_halves_of_block_diffusion_count_from_zero():
     assert torch.equal(network(tokens, pattern=pattern), expected)
     counted_on = network(tokens, pattern=pattern, positions=torch.arange(16))
     assert (counted_on - expected).abs().max() > 1e-2
+
+
+def test_half_precision_leaves_the_angles_alone():
+    """`model.bfloat16()` rounded frequencies: at position 1000 an angle was off by radians."""
+    rotary = Rotary(8)
+    for cast in (rotary.bfloat16, rotary.half, lambda: rotary.to(torch.bfloat16)):
+        assert torch.equal(cast().inv_freq, rotary.frequencies())
+    assert rotary.double().inv_freq.dtype == torch.float64
+    assert rotary.to("meta").inv_freq.is_meta

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from models.dit import Target
-from models.kernels.chunked_head import target_scores
+from models.kernels.chunked_head import called_target_scores, target_scores
 from models.masks import AttentionPattern
 from tests.helpers.references import generator, random_tokens, small_dit
 
@@ -80,3 +80,23 @@ def test_network_scores_what_it_gives_as_logits(pattern):
     scores = network(pair, pattern=pattern, logits_at=at, target=Target(x_0[at], MASK))
     expected = F.cross_entropy(logits[:, :MASK], x_0[at], reduction="none")
     torch.testing.assert_close(-scores.log_p, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 10, 36, 1024])
+@pytest.mark.parametrize("number", [N, 0])
+def test_called_layer_gives_the_same(rows, number):
+    """A layer with an adapter can only be called: some rows at a time, with the same gradients."""
+    (x, weight, bias), targets = inputs()
+    x, targets = x.detach()[:number].requires_grad_(), targets[:number]
+    layer = torch.nn.Linear(D, V, dtype=torch.float64)
+    layer.weight.data, layer.bias.data = weight.detach().double(), bias.detach().double()
+    leaves = [x, layer.weight, layer.bias]
+    found = called_target_scores(x, layer, targets=targets, excluded=MASK, rows=rows)
+    expected = target_scores(*leaves, targets=targets, excluded=MASK)
+    torch.testing.assert_close(found, expected, check_dtype=False)
+    for a, b in zip(
+        torch.autograd.grad(found.log_p.square().sum(), leaves),
+        torch.autograd.grad(expected.log_p.square().sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
