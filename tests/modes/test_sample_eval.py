@@ -133,7 +133,7 @@ def test_samples_are_scored(small_run, shared, tmp_path, monkeypatch):
     [
         ("x" * 40, "has 41 tokens with BOS, allowed are fewer than model.length=32"),
         ("", "prompts.txt: the file is empty"),
-        ("a [MASK] b", "belong in sampling.infill"),
+        ("a [MASK:2] b", "belong in sampling.infill"),
     ],
 )
 def test_prompts_are_checked_before_the_model_is_loaded(
