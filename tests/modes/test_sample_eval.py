@@ -229,6 +229,13 @@ def test_trace_replays_every_sample(small_run, tmp_path):
     assert [len(row["tokens"]) for row in rows] == [r.gen_lengths for r in records]
 
 
+def test_a_run_without_a_pass_divides_by_no_zero():
+    """A gap of no token, say, which is refused earlier now."""
+    shared = {"samples": "a", "gen_nfes": 0, "gen_lengths": 4, "seed": 1}
+    found = summary([SampleRecord(extra={"new_tokens": 0}, **shared)], seconds=2.0)
+    assert found["new tokens"] == 0 and "new tokens per pass" not in found
+
+
 def test_a_sample_that_cannot_be_scored_does_not_spoil_the_mean():
     """The mean is over samples of e^nll, as published, not e to the mean nll."""
     extra = {"new_tokens": 3}
