@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
+from corpora.lines import without_surrogates
 from evaluation.metrics import token_entropy
 
 # The published generative perplexities were measured with a context of 1,024 tokens.
@@ -148,6 +149,7 @@ class GenerativePerplexity:
     def _encode(self, text: str, *, max_length: int) -> Tensor:
         """Token ids (n,) of a text, on the CPU."""
         # verbose: a text may be longer than the context, which is what the windows are for.
+        text = without_surrogates(text)  # such as JSON can spell
         ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         ids = (self.prefix + ids)[:max_length]
         vocab_size = self.model.get_input_embeddings().num_embeddings

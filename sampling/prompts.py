@@ -19,7 +19,7 @@ logger = get_logger(__name__)
 
 GAP = re.compile(r"\[MASK(?::(\d+))?\]")
 # The beginning of a gap that is none: of no token, or of a number that is no number.
-BROKEN_GAP = re.compile(r"\[MASK:(?!\d*[1-9]\d*\]).{0,20}")
+BROKEN_GAP = re.compile(r"\[MASK:(?!\d*[1-9]\d*\])[^]]{0,20}]?")
 Encode = Callable[[str], list[int]]
 
 

@@ -123,7 +123,7 @@ def read_samples(path: str, *, settings: dict[str, Any]) -> list[dict[str, Any]]
     if not Path(path).exists():
         return []
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         found, samples = content["settings"], content["samples"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(

@@ -66,7 +66,7 @@ def read_texts(path: Path) -> tuple[int, list[dict[str, Any]]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
         length = int(content["settings"]["length"])
         names = ("index", "text", "nfe")
         samples = [{name: sample[name] for name in names} for sample in content["samples"]]

@@ -304,3 +304,9 @@ def test_code_beside_a_model_is_not_run(directory, tmp_path):
     (directory / "bad.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Bad: pass\n")
     assert_refused(str(directory), "trust_remote_code|custom code")
     assert not (tmp_path / "ran").exists()
+
+
+def test_half_an_emoji_is_scored_as_the_replacement_character(gpt2):
+    """JSON can spell it, and no tokenizer takes it."""
+    half, replaced = gpt2.score(["a\ud83db", "a\ufffdb"], max_length=9, batch_size=2)
+    assert half == replaced

@@ -133,7 +133,7 @@ def test_samples_are_scored(small_run, shared, tmp_path, monkeypatch):
     [
         ("x" * 40, "has 41 tokens with BOS, allowed are fewer than model.length=32"),
         ("", "prompts.txt: the file is empty"),
-        ("a [MASK] b", "belong in sampling.infill"),
+        ("a [MASK:2] b", "belong in sampling.infill"),
     ],
 )
 def test_prompts_are_checked_before_the_model_is_loaded(
@@ -227,6 +227,13 @@ def test_trace_replays_every_sample(small_run, tmp_path):
     assert [row["name"] for row in rows] == [f"sample {n}" for n in (1, 2, 3, 4)]
     assert [row["num_steps"] for row in rows] == [r.gen_nfes_paper for r in records]
     assert [len(row["tokens"]) for row in rows] == [r.gen_lengths for r in records]
+
+
+def test_a_run_without_a_pass_divides_by_no_zero():
+    """A gap of no token, say, which is refused earlier now."""
+    shared = {"samples": "a", "gen_nfes": 0, "gen_lengths": 4, "seed": 1}
+    found = summary([SampleRecord(extra={"new_tokens": 0}, **shared)], seconds=2.0)
+    assert found["new tokens"] == 0 and "new tokens per pass" not in found
 
 
 def test_a_sample_that_cannot_be_scored_does_not_spoil_the_mean():
