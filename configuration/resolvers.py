@@ -1,7 +1,10 @@
 """OmegaConf resolvers: what `${name:...}` in the YAML files computes."""
 
+import contextlib
+import math
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -30,9 +33,27 @@ def device_count() -> int:
 def num_cpus() -> int:
     """Returns the number of CPUs this process may use, which Slurm and containers restrict."""
     try:
-        return len(os.sched_getaffinity(0))
+        cpus = len(os.sched_getaffinity(0))
     except AttributeError:  # macOS and Windows have no affinity
-        return os.cpu_count() or 1
+        cpus = os.cpu_count() or 1
+    quota = cpu_quota(Path("/sys/fs/cgroup"))
+    return max(1, math.ceil(min(cpus, quota)))
+
+
+def cpu_quota(cgroup: Path) -> float:
+    """Returns the CPUs' worth of time that a container has been given; infinite without limit.
+
+    Args:
+        cgroup: where the container sees its control group, of version 2 or 1.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = (cgroup / "cpu.max").read_text().split()
+        return math.inf if quota == "max" else int(quota) / int(period)
+    with contextlib.suppress(OSError, ValueError):
+        names = ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")
+        quota, period = (int((cgroup / name).read_text()) for name in names)
+        return quota / period if quota > 0 else math.inf
+    return math.inf
 
 
 def default_num_workers(devices: int, accelerator: str) -> int:

@@ -7,6 +7,8 @@ preempted or cancelled job with SIGTERM; a terminal sends SIGINT for Ctrl-C.
 import os
 import signal
 import subprocess
+import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -21,6 +23,16 @@ from utils import get_logger
 logger = get_logger(__name__)
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+
+# Seconds after a signal in which a run has to show that it goes on, by the end of a batch. Slurm
+# kills what is still there 30 seconds after SIGTERM.
+_GRACE = 20
+# Or, if that is longer, so many times its longest batch so far.
+_LONGEST_BATCHES = 3
+# Seconds that a save, or the end of a run, may take.
+_LONGEST_SAVE = 600
+# Seconds after which a process that did not heed even that is stuck outside of Python.
+_LAST_WAIT = 60
 
 
 class Interrupted(BaseException):
@@ -45,6 +57,10 @@ class StopSignals:
     it, `StopOnSignal` does so at the next good place, and only a second Ctrl-C does not wait.
     Leaving because of SIGUSR1, a Slurm job is requeued: it goes on when its turn comes.
 
+    A run may never come to that place: its data do not come, or another node is gone. A thread
+    watches over it from the first signal on. It raises `Interrupted` in a run that shows no sign of
+    life, and ends the process where that is of no use either, since the run is stuck in a library.
+
     Attributes:
         received: the first signal that came, or None.
         is_patient: leave it to `StopOnSignal` to react.
@@ -55,10 +71,18 @@ class StopSignals:
         self.is_patient = False
         self._process = os.getpid()
         self._previous: dict[int, Any] = {}
+        self._previous_wakeup = -1
+        self._tells = -1
+        self._last_sign_of_life = 0.0
+        self._longest_batch = 0.0
+        self._is_first_batch = True
+        self._is_overdue = False
+        self._is_over = threading.Event()
 
     def __enter__(self) -> "StopSignals":
         self._previous = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
         self.install()
+        self._watch()
         return self
 
     def __exit__(
@@ -67,6 +91,7 @@ class StopSignals:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._stop_watching()
         is_leaving = isinstance(error, Interrupted) or self.received is not None
         for signum, handler in self._previous.items():
             # A second signal, Slurm's answer to requeueing say, must not cut short what is left.
@@ -88,14 +113,92 @@ class StopSignals:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
             return
+        if self._is_overdue:
+            self._is_overdue = False
+            raise Interrupted(self.received or signum)
         is_repeated = self.received is not None
         self.received = self.received or signum
         if is_repeated and not self.is_patient and signum != signal.SIGINT:
             return  # on the way out already, for the reason that came first
         if not self.is_patient or (is_repeated and signum == signal.SIGINT):
+            self.is_saving()
             raise Interrupted(signum)
         name = signal.Signals(signum).name
         logger.warning("%s: stopping after this step; Ctrl-C stops now, unsaved", name)
+
+    # A run that does not come to a good place:
+
+    def batch_has_ended(self) -> None:
+        """A sign of life. How long batches take decides when one is overdue."""
+        now = time.monotonic()
+        if not self._is_first_batch:  # which waits for compilers and loading processes
+            self._longest_batch = max(self._longest_batch, now - self._last_sign_of_life)
+        self._last_sign_of_life = now
+        self._is_first_batch = False
+
+    def is_saving(self) -> None:
+        """What follows may take long; until a batch has ended, or that."""
+        self._last_sign_of_life = time.monotonic() + _LONGEST_SAVE
+
+    def has_saved(self) -> None:
+        """What took long has ended."""
+        self._last_sign_of_life = time.monotonic()
+
+    def _watch(self) -> None:
+        """Start the watch. A pipe tells it of signals even while the main thread is stuck."""
+        global _is_watching
+        hears, self._tells = os.pipe()
+        os.set_blocking(self._tells, False)
+        self._previous_wakeup = signal.set_wakeup_fd(self._tells, warn_on_full_buffer=False)
+        _is_watching = True
+        threading.Thread(target=self._watch_over, args=(hears,), daemon=True).start()
+
+    def _stop_watching(self) -> None:
+        global _is_watching
+        _is_watching = False
+        self._is_over.set()
+        signal.set_wakeup_fd(self._previous_wakeup)
+        os.close(self._tells)  # the thread, at the other end, reads that nothing follows
+
+    def _watch_over(self, hears: int) -> None:
+        with open(hears, "rb", buffering=0) as pipe:
+            told = pipe.read(1)
+            while told and told[0] not in STOP_SIGNALS:
+                told = pipe.read(1)
+            if told and not self._is_left_in_time(begin=time.monotonic()):
+                self._end(told[0])
+
+    def _is_left_in_time(self, *, begin: float) -> bool:
+        while not self._is_over.wait(0.2):
+            patience = max(_GRACE, _LONGEST_BATCHES * self._longest_batch)
+            if time.monotonic() > max(begin, self._last_sign_of_life) + patience:
+                return False
+        return True
+
+    def _end(self, signum: int) -> None:
+        logger.warning(
+            "%s, and no batch has ended since: stopping now. What is saved stays",
+            signal.Signals(signum).name,
+        )
+        self._is_overdue = True
+        signal.pthread_kill(threading.main_thread().ident, signum)
+        if not self._is_over.wait(_LAST_WAIT):
+            logger.error("The process is stuck outside of Python and ends")
+            stop = Interrupted(signum)
+            _requeue(signum)
+            os._exit(stop.exit_code)
+
+
+_is_watching = False
+
+
+def _stop_telling() -> None:
+    """In a new process, whose signals are no business of those who watch over the one before."""
+    if _is_watching:
+        signal.set_wakeup_fd(-1)
+
+
+os.register_at_fork(after_in_child=_stop_telling)
 
 
 class StopOnSignal(Checkpoint):
@@ -130,11 +233,13 @@ class StopOnSignal(Checkpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
     ) -> None:
+        self.signals.batch_has_ended()
         if trainer.global_step == self._step:  # gradient accumulation: the step is not complete
             return
         self._step = trainer.global_step
         if self._is_told_to_stop(trainer):
             self.last.save(trainer)
+            self.signals.has_saved()
             self._is_saved = True
 
     def on_train_batch_start(
@@ -159,6 +264,7 @@ class StopOnSignal(Checkpoint):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        self.signals.batch_has_ended()
         is_asked = not trainer.sanity_checking and batch_idx < self._shared_batches
         if is_asked and self._is_told_to_stop(trainer):
             self._stop()
@@ -175,7 +281,16 @@ class StopOnSignal(Checkpoint):
         self.signals.received = self.signals.received or signum or None
         return signum > 0
 
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.signals.has_saved()  # what the validation found, by the callbacks before this one
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self.signals.is_saving()
+
     def _stop(self) -> None:
+        self.signals.is_saving()  # loggers have something to send yet
         raise Interrupted(self.signals.received)
 
 

@@ -1,6 +1,7 @@
 """The YAML files: names, defaults, groups and resolvers, against ../shared/reference."""
 
 import json
+import math
 import os
 import re
 
@@ -163,9 +164,30 @@ def test_num_workers(compose, fake_gpus, monkeypatch, cpus, gpus, threads, slurm
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system has no affinity")
-def test_num_cpus_is_what_the_process_may_use():
+@pytest.mark.parametrize("quota", [math.inf, 0.5, 1.0])
+def test_num_cpus_is_what_the_process_may_use(monkeypatch, quota):
     """A Slurm step or a container may own fewer CPUs than the machine has."""
-    assert resolvers.num_cpus() == len(os.sched_getaffinity(0))
+    monkeypatch.setattr(resolvers, "cpu_quota", lambda cgroup: quota)
+    expected = len(os.sched_getaffinity(0)) if quota == math.inf else 1
+    assert resolvers.num_cpus() == expected
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, math.inf),
+        ({"cpu.max": "max 100000\n"}, math.inf),
+        ({"cpu.max": "250000 100000\n"}, 2.5),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, math.inf),
+        ({"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4),
+    ],
+)
+def test_quota_of_a_container(tmp_path, files, expected):
+    """`docker run --cpus=2` leaves all CPUs visible and gives the time of two."""
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert resolvers.cpu_quota(tmp_path) == expected
 
 
 def test_paths_follow_the_working_directory(compose, tmp_path, monkeypatch):
