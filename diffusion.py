@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import hydra
 import lightning as L
 import torch
 from omegaconf import DictConfig
@@ -32,6 +31,7 @@ from sampling.base import SamplerOutput, blank_canvas
 from sampling.generation import TextModel
 from sampling.options import SamplingOptions
 from training.acceleration import checkpoint_layers, compile_layers, is_compiled
+from training.instantiation import instantiated
 from training.optimizer import fused_adamw
 from utils import TRAIN_STREAM, VALIDATION_STREAM, derive_seed
 
@@ -188,7 +188,8 @@ class Diffusion(L.LightningModule):
             eps=optim["eps"],
             weight_decay=optim["weight_decay"],
         )
-        scheduler = hydra.utils.instantiate(self.run_config["lr_scheduler"], optimizer=optimizer)
+        section = self.run_config["lr_scheduler"]
+        scheduler = instantiated(section, key="lr_scheduler", optimizer=optimizer)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "trainer/lr"},

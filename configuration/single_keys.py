@@ -11,6 +11,7 @@ from omegaconf import DictConfig, ListConfig
 
 from checkpointing.description import PARAMETERIZATIONS
 from configuration.resolvers import devices_per_node
+from configuration.training_request import lightning_precision
 
 Problems = Iterator[tuple[str, str]]
 Rule = Callable[[DictConfig], Problems]
@@ -79,6 +80,19 @@ _NUMBERS: dict[str, tuple[type, str]] = {
     "trainer.limit_val_batches": (float, "[0, inf)"),  # 0 switches validation off
     "trainer.val_check_interval": (float, "(0, inf)"),
 }
+
+# Arguments of Lightning's trainer that have no key but can be added (`+trainer.NAME=`), each with
+# what is allowed where the trainer would take more or less. All others are as in Lightning.
+_SWITCHES_OF_TRAINER = (
+    "enable_progress_bar", "enable_checkpointing", "enable_model_summary", "barebones", "logger",
+    "detect_anomaly",
+)  # fmt: skip
+_SAID_ELSEWHERE = {
+    "callbacks": "+callbacks.NAME={_target_: ...} adds one",
+    "strategy": "strategy=ddp and the other files of configs/strategy say it",
+    "plugins": "checkpoints are written by a plugin of this code",
+}
+_PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 
 _FLAGS = (
     "sampling.var_length",
@@ -180,6 +194,34 @@ def _fractions(config: DictConfig) -> Problems:
             yield f"trainer.{key}", "allowed are an integer (batches) and a float <= 1 (a fraction)"
 
 
+def _trainer_flags(config: DictConfig) -> Problems:
+    """What Lightning's trainer takes beside the keys that there are, and this code can heed."""
+    trainer = config["trainer"]
+    for name in _SWITCHES_OF_TRAINER:
+        if type(trainer.get(name)) not in (bool, type(None)):
+            yield f"trainer.{name}", "allowed are true and false"
+    for name, where in _SAID_ELSEWHERE.items():
+        if trainer.get(name) is not None:
+            yield f"trainer.{name}", f"allowed is null; {where}"
+    if trainer.get("use_distributed_sampler"):
+        yield "trainer.use_distributed_sampler", "allowed is false: each rank loads its own rows"
+    rehearsed = trainer.get("fast_dev_run")
+    if type(rehearsed) not in (bool, type(None)) and (type(rehearsed) is not int or rehearsed < 0):
+        yield "trainer.fast_dev_run", "allowed are true, false and an integer in [0, inf)"
+    repeated = trainer.get("overfit_batches")
+    is_none = repeated is None
+    if not is_none and not (is_number(repeated, float) and lies_in(repeated, "[0, inf)")):
+        yield "trainer.overfit_batches", "allowed is a number in [0, inf)"
+    if type(repeated) is float and repeated > 1.0:
+        yield "trainer.overfit_batches", "allowed are an integer and a float <= 1 (a fraction)"
+
+
+def _precision(config: DictConfig) -> Problems:
+    """The network keeps its weights, and computes in float32 what lower precision would spoil."""
+    if lightning_precision(config["trainer"]["precision"]) not in _PRECISIONS:
+        yield "trainer.precision", f"allowed are {', '.join(_PRECISIONS)}, and short 32, 16, bf16"
+
+
 def _weights_that_may_differ(config: DictConfig) -> Problems:
     """Weights are named, or a pattern of theirs is."""
     names = config["eval"]["allow_missing"]
@@ -198,5 +240,7 @@ RULES: tuple[Rule, ...] = (
     _flags,
     _compile,
     _fractions,
+    _trainer_flags,
+    _precision,
     _weights_that_may_differ,
 )

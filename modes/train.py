@@ -9,12 +9,13 @@ from checkpointing.loading import load_weights
 from checkpointing.weights import read_weights
 from configuration import validate
 from configuration.data_request import data_request
-from configuration.training_request import training_request
+from configuration.training_request import trainer_request, training_request
 from dataloader import get_dataloaders, get_tokenizer
 from diffusion import Diffusion
 from evaluation.report import draw_training_curve
 from modes.batch_size import find_batch_size, with_batch_size
 from modes.starting_weights import new_model
+from training.loggers import metrics_file
 from training.resume import newest_whole_checkpoint
 from training.signals import StopSignals
 from training.trainer import training_trainer
@@ -30,7 +31,8 @@ def train(config: DictConfig) -> None:
         Interrupted: a signal ended it; the same command goes on.
     """
     with StopSignals() as signals:
-        resume = checkpoint_to_resume(config)
+        is_rehearsal = trainer_request(config).is_rehearsal  # of which no checkpoint remains
+        resume = None if is_rehearsal else checkpoint_to_resume(config)
         tokenizer = get_tokenizer(data_request(config))
         if config.loader.batch_size == "auto":
             config = with_batch_size(config, find_batch_size(config, tokenizer))
@@ -60,10 +62,11 @@ def train(config: DictConfig) -> None:
             train_loader.shut_down()
             valid_loader.shut_down()
         trainer.strategy.checkpoint_io.raise_if_last_failed()
-        if trainer.is_global_zero:
+        metrics = metrics_file(trainer.loggers)
+        if trainer.is_global_zero and metrics is not None:
             title = f"{config.algo.name} on {data.train}, block size {config.block_size}"
             curve = Path("training_curve.png").absolute()
-            draw_training_curve(Path(trainer.logger.log_dir) / "metrics.csv", curve, title=title)
+            draw_training_curve(metrics, curve, title=title)
             logger.info("Training curve: %s", curve)
 
 
