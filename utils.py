@@ -2,9 +2,14 @@
 
 import contextlib
 import ctypes
+import errno
 import logging
 import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
 
+import filelock
 import fsspec
 import numpy as np
 import torch
@@ -76,6 +81,11 @@ def absolute_path(path: str, *, base: str = "") -> str:
     return os.path.abspath(os.path.join(base, os.path.expanduser(path)))
 
 
+def partial_name(name: str) -> str:
+    """Where this process writes a file before it is whole; no other process writes there."""
+    return f"{name}.{socket.gethostname()}-{os.getpid()}.partial"
+
+
 def write_text(path: str, text: str) -> None:
     """Write a file whole or not at all, at any place fsspec reaches; makes its directory.
 
@@ -83,7 +93,7 @@ def write_text(path: str, text: str) -> None:
         OSError: names the file; what was there before is unchanged.
     """
     fs, name = fsspec.core.url_to_fs(path)
-    partial = f"{name}.partial"
+    partial = partial_name(name)
     try:
         fs.makedirs(fs._parent(name), exist_ok=True)
         with fs.open(partial, "wb") as file:
@@ -93,6 +103,54 @@ def write_text(path: str, text: str) -> None:
         with contextlib.suppress(OSError):
             fs.rm_file(partial)
         raise OSError(f"{path}: cannot be written ({error})") from error
+
+
+# What file systems without flock answer: Lustre and some NFS and FUSE mounts.
+_NO_FLOCK = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
+# Without flock a holder says every so often that it lives. Seconds after which nobody believes it.
+_LEASE = 60
+
+
+@contextlib.contextmanager
+def file_lock(path: str | os.PathLike[str], *, timeout: float = -1) -> Iterator[None]:
+    """Holds an exclusive lock, which a process that is killed does not leave behind.
+
+    By flock, which network file systems pass on to other nodes; where there is none, by a file
+    beside it that the holder renews. `lock_holder` says who has it.
+
+    Args:
+        path: of a local file, made where it is missing; it stays.
+        timeout: seconds to wait for it; 0 not at all, -1 for ever.
+
+    Raises:
+        filelock.Timeout: another process has it.
+        OSError: the file cannot be made.
+    """
+    lock = filelock.FileLock(path, timeout=timeout, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except OSError as error:
+        if error.errno not in _NO_FLOCK:
+            raise
+        lock = filelock.SoftFileLease(f"{path}.lease", timeout=timeout, lease_duration=_LEASE)
+        lock.acquire()
+    try:
+        holder = f"process {os.getpid()} on {socket.gethostname()}"
+        if "SLURM_JOB_ID" in os.environ:
+            restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
+            holder += f", Slurm job {os.environ['SLURM_JOB_ID']} after {restarts} restarts"
+        with contextlib.suppress(OSError):  # a full disk
+            Path(path).write_text(holder)
+        yield
+    finally:
+        lock.release()
+
+
+def lock_holder(path: str | os.PathLike[str]) -> str:
+    """Who took a lock last: `process 12 on node3`, and its Slurm job."""
+    with contextlib.suppress(OSError):
+        return Path(path).read_text() or "another process"
+    return "another process"
 
 
 def process_rank() -> tuple[int, int]:

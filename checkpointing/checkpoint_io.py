@@ -10,7 +10,7 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.plugins.io import TorchCheckpointIO
 
-from utils import get_logger
+from utils import get_logger, partial_name
 
 logger = get_logger(__name__)
 
@@ -59,7 +59,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def _write_local(checkpoint: dict[str, Any], fs: LocalFileSystem, name: str) -> None:
-    partial = f"{name}.partial"
+    partial = partial_name(name)
     try:
         with open(partial, "wb") as file:
             torch.save(checkpoint, file)
@@ -85,6 +85,6 @@ def _write_remote(checkpoint: dict[str, Any], fs: fsspec.AbstractFileSystem, nam
     if protocols & PUBLISHES_WHOLE:
         fs.pipe_file(name, buffer.getvalue())
         return
-    partial = f"{name}.partial"
+    partial = partial_name(name)
     fs.pipe_file(partial, buffer.getvalue())
     fs.mv(partial, name)

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from configuration.run_directory import claim_directory
+
 # Rows are prepared beforehand: more processes than this only take memory.
 _MOST_WORKERS = 16
 
@@ -114,6 +116,7 @@ def register_resolvers() -> None:
     resolvers: dict[str, Callable] = {
         "accelerator": default_accelerator,
         "accumulation": accumulation,
+        "claimed": claim_directory,
         "cwd": os.getcwd,
         "device_count": device_count,
         "div_up": div_up,
@@ -124,4 +127,6 @@ def register_resolvers() -> None:
         "world_size": _world_size_of_run,
     }
     for name, function in resolvers.items():
-        OmegaConf.register_new_resolver(name, function, replace=True)
+        # A directory is claimed once, however often a configuration is read.
+        use_cache = function is claim_directory
+        OmegaConf.register_new_resolver(name, function, replace=True, use_cache=use_cache)

@@ -17,6 +17,7 @@ from modes.batch_size import find_batch_size, with_batch_size
 from modes.starting_weights import new_model
 from training.loggers import metrics_file
 from training.resume import newest_whole_checkpoint
+from training.run_lock import only_training_in
 from training.signals import StopSignals
 from training.trainer import training_trainer
 from utils import absolute_path, file_exists, get_logger
@@ -29,8 +30,9 @@ def train(config: DictConfig) -> None:
 
     Raises:
         Interrupted: a signal ended it; the same command goes on.
+        ValueError: another training writes into the same directory.
     """
-    with StopSignals() as signals:
+    with StopSignals() as signals, only_training_in(config.checkpointing.save_dir):
         is_rehearsal = trainer_request(config).is_rehearsal  # of which no checkpoint remains
         resume = None if is_rehearsal else checkpoint_to_resume(config)
         tokenizer = get_tokenizer(data_request(config))

@@ -1,8 +1,13 @@
 """Seeds, files, the cosine schedule, the logger."""
 
 import errno
+import fcntl
 import logging
+import os
+import signal
+import time
 
+import filelock
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
@@ -10,7 +15,9 @@ from utils import (
     absolute_path,
     derive_seed,
     file_exists,
+    file_lock,
     get_logger,
+    lock_holder,
     process_rank,
     resolve_device,
     write_text,
@@ -46,6 +53,55 @@ def test_write_text_makes_directories_and_replaces(tmp_path):
     write_text(str(path), "zwei ü\r\n")
     assert path.read_bytes() == "zwei ü\r\n".encode()
     assert [p.name for p in path.parent.iterdir()] == ["out.json"]
+
+
+def test_processes_that_write_one_file_do_not_write_into_each_others(tmp_path, monkeypatch):
+    moved = []
+    monkeypatch.setattr(LocalFileSystem, "mv", lambda fs, old, new: moved.append(old))
+    path = str(tmp_path / "out.json")
+    write_text(path, "one")
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    write_text(path, "two")
+    monkeypatch.setattr("socket.gethostname", lambda: "elsewhere")
+    write_text(path, "three")
+    assert len(set(moved)) == 3
+
+
+def no_flock(*args):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+
+@pytest.mark.parametrize("has_flock", [True, False])
+def test_a_killed_process_leaves_no_lock(has_flock, tmp_path, monkeypatch):
+    if not has_flock:  # as on Lustre mounted without it
+        monkeypatch.setattr(fcntl, "flock", no_flock)
+    path = tmp_path / "a.lock"
+    reading, writing = os.pipe()
+    holder = os.fork()
+    if holder == 0:
+        with file_lock(path):
+            if os.fork() == 0:  # a loading process, which may outlive the one that has the lock
+                time.sleep(3)
+                os._exit(0)
+            os.write(writing, b"x")
+            time.sleep(60)
+        os._exit(0)
+    os.read(reading, 1)
+    with pytest.raises(filelock.Timeout), file_lock(path, timeout=0):
+        pass
+    assert lock_holder(path).startswith(f"process {holder} on ")
+    os.kill(holder, signal.SIGKILL)
+    os.waitpid(holder, 0)
+    with file_lock(path, timeout=1):
+        assert lock_holder(path).startswith(f"process {os.getpid()} on ")
+    with file_lock(path, timeout=0):
+        pass
+
+
+def test_a_lock_that_cannot_be_made_is_an_error(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError), file_lock(tmp_path / "file/a.lock"):
+        pass
 
 
 def disk_full(*args, **kwargs):

@@ -1,7 +1,11 @@
 """Files that are damaged, disks that are full or read-only, clocks that are set back."""
 
+import json
 import os
+import re
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -142,3 +146,45 @@ time.time = backwards
 """)
     assert_same_training(straight(*changes), run.last())
     count("the clock moves back")
+
+
+@pytest.mark.slow
+def test_twenty_pairs_started_together(tmp_path, count):
+    """In one directory of the same second, one of them died or took the other's checkpoints."""
+    kept = 0
+    for number in range(20):
+        pair = Run(tmp_path, "algo=ar", "checkpointing.save_dir=${cwd:}",
+                   f"hydra.run.dir=${{claimed:{tmp_path}/out/{number}}}")  # fmt: skip
+        processes = {seed: pair.start(f"seed={seed}") for seed in (1, 2)}
+        seen = set()
+        for seed, process in processes.items():
+            output, _ = process.communicate(timeout=240)
+            assert process.returncode == 0, output
+            run = Path(re.search(r"Everything is in (\S+)", output)[1])
+            checkpoints = list((run / "checkpoints").glob("*.ckpt"))
+            configs = [torch.load(path, weights_only=True)["hyper_parameters"]["config"]
+                       for path in checkpoints]  # fmt: skip
+            manifest = json.loads((run / "manifest.json").read_text())
+            assert len(checkpoints) >= 2
+            assert {config["seed"] for config in [*configs, manifest["config"]]} == {seed}
+            assert len(manifest["history"]) == 1
+            seen.add(run)
+            kept += 1
+        assert len(seen) == 2
+    count("two runs start in the same second, in pairs", tried=40, survived=kept)
+
+
+@pytest.mark.slow
+def test_a_second_training_in_the_same_directory(tmp_path, count):
+    run = Run(tmp_path, "algo=ar", "trainer.max_steps=100000")
+    first = run.start()
+    while not (run.checkpoints / "last.ckpt").exists():
+        assert first.poll() is None
+        time.sleep(0.1)
+    output = run.run(expected=1)
+    assert f"process {first.pid} on" in output and "Traceback" not in output
+    first.terminate()
+    first.communicate(timeout=120)
+    assert first.returncode == 128 + signal.SIGTERM
+    run.run(f"trainer.max_steps={run.last()['global_step'] + 1}")
+    count("a second training in the directory of one that runs")
