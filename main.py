@@ -20,7 +20,7 @@ from modes.train import train
 from training.parallel import leave_process_group
 from training.progress import quiet_known_noise
 from training.signals import Interrupted
-from utils import get_logger, keep_freed_memory
+from utils import get_logger, keep_freed_memory, print_without_fail
 
 logger = get_logger(__name__)
 register_resolvers()
@@ -89,4 +89,5 @@ def one_line(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
+    print_without_fail()
     main()

@@ -32,6 +32,7 @@ from dataloader import get_tokenizer
 from hf import BD3LM, BD3LMConfig
 from hf.model_card import model_card, read_results
 from hf.modeling_bd3lm import AUTO_MAP
+from utils import print_without_fail
 
 # What a network cannot be built without.
 NEEDED = ("algo", "vocab_size", "model_length", "hidden_dim", "n_blocks", "n_heads")
@@ -256,4 +257,5 @@ def _may_be_replaced(path: Path) -> bool:
 
 
 if __name__ == "__main__":
+    print_without_fail()
     main()

@@ -3,11 +3,16 @@
 import contextlib
 import ctypes
 import errno
+import io
+import json
 import logging
+import math
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import filelock
 import fsspec
@@ -26,6 +31,47 @@ def get_logger(name: str) -> logging.Logger:
     if not any(isinstance(f, _RankZeroFilter) for f in logger.filters):
         logger.addFilter(_RankZeroFilter())
     return logger
+
+
+class _Terminal(io.TextIOWrapper):
+    """Where text is printed, which may fail without harm; the rest then goes nowhere."""
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except OSError:
+            self._give_up()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.fileno())  # what is still in the buffer goes there too
+        os.close(nowhere)
+
+
+def print_without_fail() -> None:
+    """Let nothing that is printed end this process; for the beginning of a command.
+
+    A character that the terminal's encoding lacks becomes a question mark. Where nobody reads on
+    (`| head`, a closed terminal) or the disk of a log is full, further text is lost.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):
+            terminal = _Terminal(
+                stream.buffer,
+                encoding=stream.encoding,
+                errors="replace",
+                line_buffering=stream.line_buffering,
+                write_through=stream.write_through,
+            )
+            setattr(sys, name, terminal)
 
 
 # glibc's <malloc.h>
@@ -151,6 +197,26 @@ def lock_holder(path: str | os.PathLike[str]) -> str:
     with contextlib.suppress(OSError):
         return Path(path).read_text() or "another process"
     return "another process"
+
+
+def json_text(value: Any, **style: Any) -> str:
+    """Valid JSON of plain containers: NaN and infinity, which it does not have, become null.
+
+    Args:
+        value: what to write.
+        style: further arguments of `json.dumps`.
+    """
+    return json.dumps(_finite(value), allow_nan=False, **style)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    return value
 
 
 def process_rank() -> tuple[int, int]:

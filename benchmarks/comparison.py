@@ -2,7 +2,6 @@
 
 import argparse
 import itertools
-import json
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from benchmarks.measure import DTYPES, JobFailed, Result, measure_apart
 from benchmarks.sampling import MODELS
 from benchmarks.steps import Job
 from models.attention import BACKENDS
+from utils import json_text
 
 ALGOS = ("ar", "mdlm", "sedd", "bd3lm")
 WIDTH = 110  # of a table: a narrower one would cut figures off
@@ -192,7 +192,7 @@ def compare(
 def write_json(path: Path, record: dict) -> None:
     """Write a record, into a folder that need not exist."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    path.write_text(json_text(record, indent=2) + "\n")
 
 
 def print_figures(

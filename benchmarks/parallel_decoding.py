@@ -10,7 +10,6 @@ a scorer where the Hub is out of reach.
 
 import argparse
 import dataclasses
-import json
 import os
 import time
 from dataclasses import asdict, dataclass
@@ -31,7 +30,7 @@ from evaluation.generative_perplexity import GenerativePerplexity
 from modes.sample_eval import draw_batches, load_scorer, make_fast, to_records
 from modes.starting_weights import load_model
 from sampling.options import SamplingOptions, suit_vocabulary
-from utils import keep_freed_memory, resolve_device
+from utils import json_text, keep_freed_memory, resolve_device
 
 TOKENS_PER_STEP = (1, 2, 4, 8, 16)
 THRESHOLDS = (0.9, 0.5, 0.3, 0.2, 0.1, 0.05)
@@ -157,7 +156,7 @@ def main() -> None:
         draw_picture(rows, arguments.picture, title=title)
     if arguments.json is not None:
         record = where | {"title": title, "rows": [asdict(row) for row in rows]}
-        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+        arguments.json.write_text(json_text(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ the end of the text, because a whole text would take minutes per row; its figure
 """
 
 import argparse
-import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from models.masks import AttentionPattern
 from sampling.base import blank_canvas
 from sampling.decoding import Decoding
 from sampling.semi_ar import SemiAutoregressiveSampler
-from utils import keep_freed_memory, keep_freed_memory_for_sampling
+from utils import json_text, keep_freed_memory, keep_freed_memory_for_sampling
 
 MODELS = {  # hidden size, conditioning, layers, heads
     "tiny": (256, 64, 8, 8),
@@ -240,7 +239,7 @@ def main() -> None:
     print_figures(rows, where, title=title)
     if arguments.json is not None:
         record = where | {"title": title, "rows": [asdict(row) for row in rows]}
-        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+        arguments.json.write_text(json_text(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from checkpointing.loading import LoadReport, matching_weights
 from checkpointing.weights import Weights, read_weights
 from models.dit import DIT, DITConfig
 from models.rotary import Rotary
+from utils import print_without_fail
 
 FORMATS = ("lightning", "hub", "safetensors")
 FREQUENCIES = "backbone.rotary_emb.inv_freq"
@@ -224,4 +225,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    print_without_fail()
     raise SystemExit(main())

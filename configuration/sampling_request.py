@@ -9,6 +9,8 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedTokenizerBase
 
 from configuration.training_request import lightning_precision, plain
+from corpora import tokenization
+from corpora.lines import without_surrogates
 from sampling.options import SamplingOptions
 from sampling.prompts import CanvasRow, gap_row, prompt_row, read_gap_texts, read_prompts
 
@@ -85,7 +87,7 @@ class SamplingRequest:
         bos_index, limit = tokenizer.bos_token_id, self.max_new_tokens
 
         def encode(text: str) -> list[int]:
-            return tokenizer(text, add_special_tokens=False)["input_ids"]
+            return tokenization.encode(tokenizer, [text])[0]
 
         shared = {"encode": encode, "bos_index": bos_index, "mask_index": mask_index,
                   "length": self.length}  # fmt: skip
@@ -140,5 +142,8 @@ def sampling_options(config: DictConfig) -> SamplingOptions:
     names = {field.name for field in dataclasses.fields(SamplingOptions)} - {"num_steps", "decode"}
     options = {name: sampling[name] for name in names}
     if OmegaConf.is_list(sampling.stop_strings):
-        options["stop_strings"] = tuple(sampling.stop_strings)
+        options["stop_strings"] = tuple(
+            without_surrogates(text) if isinstance(text, str) else text
+            for text in sampling.stop_strings
+        )
     return SamplingOptions(**options, num_steps=config.algo.T)

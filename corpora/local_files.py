@@ -5,38 +5,37 @@ Files are read in sorted order and as a stream; a defect is reported with its fi
 A data set written by `save_to_disk` is a directory of .arrow files and needs no special case.
 """
 
-import contextlib
 import dataclasses
-import gzip
 import io
-import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import IO, Any
+from collections.abc import Iterable, Iterator, Sequence
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
-import zstandard
+
+from corpora.lines import (
+    DECOMPRESSORS,
+    checked_text,
+    compression_of,
+    open_decompressed,
+    read_json_lines,
+    read_lines,
+)
 
 DOCUMENT_MODES = ("file", "paragraph", "line")
 # A line with its line break, where an empty line is an empty document: WikiText's own form.
 RAW_LINE = "raw_line"
 
-_DECOMPRESSORS: dict[str, Callable[[IO[bytes]], IO[bytes]]] = {
-    ".gz": lambda raw: gzip.GzipFile(fileobj=raw),
-    # a .zst file may be several frames in a row
-    ".zst": lambda raw: io.BufferedReader(
-        zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-    ),
-}
 _FORMATS = {".txt": "text", ".jsonl": "jsonl", ".parquet": "parquet", ".arrow": "arrow"}
 _SPLIT_WORDS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "heldout"),
 }
+# How Arrow's file format begins. Its stream format begins with a length.
+_ARROW_FILE = b"ARROW1"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,14 +46,12 @@ class TextFile:
         url: what fsspec opens.
         name: the path below the directory or glob it was found by; '' for a file named directly.
         format: `text`, `jsonl`, `parquet` or `arrow`.
-        compression: `.gz`, `.zst` or ''.
         identity: size and modification time, which change when the content does.
     """
 
     url: str
     name: str
     format: str
-    compression: str
     identity: str
 
 
@@ -97,7 +94,7 @@ def find_files(path: str, *, key: str, default_format: str | None = None) -> lis
     if not known:
         raise ValueError(
             f"{key}={path!r} is of unknown type; allowed: {', '.join(_FORMATS)}, plain or "
-            f"followed by {' or '.join(_DECOMPRESSORS)}"
+            f"followed by {' or '.join(DECOMPRESSORS)}"
         )
     return known
 
@@ -109,17 +106,13 @@ def _is_hidden(name: str) -> bool:
 
 def _text_file(filesystem: fsspec.AbstractFileSystem, path: str, name: str) -> TextFile:
     """Describes one file; its format is '' where the suffix tells nothing."""
-    stem, compression = path, ""
-    for suffix in _DECOMPRESSORS:
-        if path.lower().endswith(suffix):
-            stem, compression = path[: -len(suffix)], suffix
+    stem = path.lower().removesuffix(compression_of(path))
     info = filesystem.info(path)
     changed = next((info[key] for key in ("mtime", "ETag", "created") if key in info), None)
     return TextFile(
         url=filesystem.unstrip_protocol(path),
         name=name,
-        format=_FORMATS.get(os.path.splitext(stem)[1].lower(), ""),
-        compression=compression,
+        format=_FORMATS.get(os.path.splitext(stem)[1], ""),
         identity=f"{info['size']} bytes, {changed}",
     )
 
@@ -162,43 +155,13 @@ def read_documents(
     """
     for file in files:
         if file.format == "text":
-            texts = _split_text(_lines(file), document)
+            texts = _split_text(read_lines(file.url), document)
         elif file.format == "jsonl":
             texts = _jsonl_texts(file, text_column)
         else:
             texts = _table_texts(file, text_column)
         for text in texts:
             yield {text_column: text}
-
-
-@contextlib.contextmanager
-def _open(file: TextFile) -> Iterator[IO[bytes]]:
-    """Opens a file for reading what was in it before compression."""
-    with fsspec.open(file.url, "rb") as raw:
-        yield _DECOMPRESSORS[file.compression](raw) if file.compression else raw
-
-
-def _lines(file: TextFile) -> Iterator[str]:
-    """Yields the lines of a UTF-8 file, each with `\\n` as its line break."""
-    try:
-        with _open(file) as stream:
-            for number, line in enumerate(stream, start=1):
-                text = _decode(line, file.url, number)
-                yield text[:-2] + "\n" if text.endswith("\r\n") else text
-    except ValueError:
-        raise
-    except Exception as error:  # each compression has exceptions of its own
-        raise ValueError(f"{file.url} cannot be read: {error}") from error
-
-
-def _decode(line: bytes, url: str, number: int) -> str:
-    try:
-        return line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{url}, line {number}: not UTF-8: byte {error.start + 1} of the line is "
-            f"0x{line[error.start]:02x}; only UTF-8 text is allowed"
-        ) from error
 
 
 def _split_text(lines: Iterable[str], document: str) -> Iterator[str]:
@@ -220,57 +183,67 @@ def _split_text(lines: Iterable[str], document: str) -> Iterator[str]:
 
 
 def _jsonl_texts(file: TextFile, text_column: str) -> Iterator[str]:
-    for number, line in enumerate(_lines(file), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file.url}, line {number}: not JSON: {error}") from error
-        if not isinstance(record, dict) or text_column not in record:
-            fields = ", ".join(record) if isinstance(record, dict) else "none, it is no object"
+    for where, record in read_json_lines(file.url):
+        if text_column not in record:
             raise ValueError(
-                f"{file.url}, line {number}: no field data.text_column={text_column!r}; its "
-                f"fields: {fields}"
+                f"{where}: no field data.text_column={text_column!r}; its fields: "
+                f"{', '.join(record)}"
             )
-        yield _checked(record[text_column], f"{file.url}, line {number}", text_column)
+        yield checked_text(record[text_column], f"{where}: data.text_column={text_column!r}")
 
 
 def _table_texts(file: TextFile, text_column: str) -> Iterator[str]:
     row = 0
     for batch in _table_batches(file, text_column):
-        for text in batch.column(text_column).to_pylist():
+        for cell in batch.column(text_column):
             row += 1
-            yield _checked(text, f"{file.url}, row {row}", text_column)
+            where = f"{file.url}, row {row}: data.text_column={text_column!r}"
+            try:
+                text = cell.as_py()
+            except UnicodeDecodeError as error:  # Arrow does not look at what it is given
+                raise ValueError(f"{where}: not UTF-8: {error}") from error
+            yield checked_text(text, where)
 
 
 def _table_batches(file: TextFile, text_column: str) -> Iterator[pa.RecordBatch]:
     """Yields the tables of a .parquet or .arrow file that has the column."""
     try:
-        with _open(file) as stream:
+        with open_decompressed(file.url) as stream:
+            is_arrow_file = file.format == "arrow" and _is_arrow_file(file)
+            if compression_of(file.url) and (is_arrow_file or file.format == "parquet"):
+                # These are read from their end, which a decompressor cannot do.
+                stream = io.BytesIO(stream.read())
             if file.format == "parquet":
-                # Parquet is read from its end, which a decompressor cannot do
-                table = pq.ParquetFile(io.BytesIO(stream.read()) if file.compression else stream)
+                table = pq.ParquetFile(stream)
                 _check_column(table.schema_arrow.names, file.url, text_column)
                 yield from table.iter_batches(columns=[text_column])
+            elif is_arrow_file:
+                table = pa.ipc.open_file(stream)
+                _check_column(table.schema.names, file.url, text_column)
+                yield from map(table.get_batch, range(table.num_record_batches))
             else:
                 table = pa.ipc.open_stream(stream)
                 _check_column(table.schema.names, file.url, text_column)
                 yield from table
-    except (pa.ArrowException, OSError) as error:
+    except _NoColumnError:
+        raise
+    except Exception as error:  # each compression has exceptions of its own
         raise ValueError(f"{file.url} is no readable {file.format} file: {error}") from error
 
 
+def _is_arrow_file(file: TextFile) -> bool:
+    """Whether it is Arrow's file format (polars, R, Feather 2), not its stream format."""
+    with open_decompressed(file.url) as stream:
+        return stream.read(len(_ARROW_FILE)) == _ARROW_FILE
+
+
+class _NoColumnError(ValueError):
+    """A table lacks the column of the text, or has several of that name."""
+
+
 def _check_column(columns: list[str], url: str, text_column: str) -> None:
-    if text_column not in columns:
-        raise ValueError(
-            f"{url}: no column data.text_column={text_column!r}; its columns: {', '.join(columns)}"
+    if columns.count(text_column) != 1:
+        raise _NoColumnError(
+            f"{url}: no single column data.text_column={text_column!r}; its columns: "
+            f"{', '.join(columns)}"
         )
-
-
-def _checked(text: Any, where: str, text_column: str) -> str:
-    if not isinstance(text, str):
-        raise ValueError(
-            f"{where}: data.text_column={text_column!r} must hold text, not {text!r:.80}"
-        )
-    return text

@@ -14,6 +14,7 @@ import datasets
 import fsspec
 
 from corpora import python_docs
+from corpora.lines import checked_text
 from corpora.local_files import TextFile, files_of_split, find_files, read_documents
 
 Documents = datasets.Dataset | datasets.IterableDataset
@@ -94,11 +95,13 @@ def describe(request: Request) -> dict[str, Any]:
 
 
 def in_batches(documents: Documents, request: Request, size: int) -> Iterator[list[str]]:
-    """Yields the texts in batches of `size`; no document at all is a ValueError."""
-    batch = None
+    """Yields the texts in batches of `size`; none at all, or one that is no text: ValueError."""
+    where, count = f"data.text_column={request.text_column!r}, document", 0
     for batch in documents.iter(batch_size=size):
-        yield batch[request.text_column]
-    if batch is None:
+        texts = batch[request.text_column]
+        yield [checked_text(text, f"{where} {count + i}") for i, text in enumerate(texts, start=1)]
+        count += len(texts)
+    if count == 0:
         raise ValueError(
             f"{request.path_key}={request.path!r} holds no document; allowed: at least one, UTF-8"
         )

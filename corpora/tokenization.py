@@ -1,7 +1,7 @@
 """Tokenizers by name: Hugging Face ones, plus characters, bytes and a BPE trained on the spot.
 
-The tokenizers made here treat the spelling of a special token inside a document (`[MASK]`) as
-ordinary text, so that no document can smuggle a mask id into the training data.
+The spelling of a special token inside a text (`[MASK]`) is ordinary characters for all of them, so
+that no document can smuggle a mask id into the training data.
 """
 
 import hashlib
@@ -18,6 +18,7 @@ import transformers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from corpora.lines import without_surrogates
 from utils import absolute_path
 
 logger = logging.getLogger(__name__)
@@ -94,6 +95,9 @@ def _with_boundary_tokens(tokenizer: PreTrainedTokenizerBase, name: str) -> PreT
         # An existing token: a new one would take the id one past the vocabulary, the mask's.
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.model_max_length = _NO_LENGTH_LIMIT
+    # Tokenizers in Python would then split the tokens of the user, which are not special, too.
+    added = tokenizer.added_tokens_decoder.values()
+    tokenizer.split_special_tokens = tokenizer.is_fast or all(token.special for token in added)
     return tokenizer
 
 
@@ -101,11 +105,12 @@ def mask_index_and_vocab_size(tokenizer: PreTrainedTokenizerBase) -> tuple[int, 
     """Returns (mask id, V), where V counts the mask.
 
     The mask is the tokenizer's own if it has one (BERT: 103 of 30,522), otherwise one id past
-    its vocabulary (GPT-2: 50,257 of 50,258).
+    its largest (GPT-2: 50,257 of 50,258). Ids may have gaps, so their number does not tell.
     """
+    size = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
     if tokenizer.mask_token_id is None:
-        return len(tokenizer), len(tokenizer) + 1
-    return tokenizer.mask_token_id, len(tokenizer)
+        return size, size + 1
+    return tokenizer.mask_token_id, size
 
 
 def packing_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
@@ -122,24 +127,66 @@ def packing_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Tokenizes documents without adding special tokens.
+    """Tokenizes documents, prompts and the like; no special token comes out but `unk`.
 
     A document of millions of characters is handed over in pieces, which bounds the memory and
     uses all cores. The tokens are the same for every tokenizer that splits a text into words
     first (GPT-2, BERT and all that are made here).
+
+    Raises:
+        ValueError: the tokenizer refuses a text; names it.
     """
-    pieces = [list(_pieces(text)) for text in texts]
-    ids = iter(
-        tokenizer(
-            list(itertools.chain.from_iterable(pieces)),
+    pieces = [list(_pieces(without_surrogates(text))) for text in texts]
+    ids = iter(_ids(tokenizer, list(itertools.chain.from_iterable(pieces))))
+    parts = (itertools.islice(ids, len(of_document)) for of_document in pieces)
+    documents = [list(itertools.chain.from_iterable(part)) for part in parts]
+    specials = _special_ids(tokenizer)
+    for number, document in enumerate(documents):
+        if not specials.isdisjoint(document):
+            documents[number] = _without_specials(tokenizer, document, specials)
+    return documents
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    try:
+        return tokenizer(
+            texts,
             add_special_tokens=False,
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,
         )["input_ids"]
-    )
-    parts = (itertools.islice(ids, len(of_document)) for of_document in pieces)
-    return [list(itertools.chain.from_iterable(part)) for part in parts]
+    except Exception as error:  # such as the one of a word list without `unk`, a bare Exception
+        if len(texts) == 1:
+            message = f"the tokenizer refuses the text {texts[0][:60]!r}: {error}"
+            raise ValueError(message) from error
+        return [_ids(tokenizer, [text])[0] for text in texts]
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    added = tokenizer.added_tokens_decoder.items()
+    ids = {number for number, token in added if token.special} | set(tokenizer.all_special_ids)
+    return ids - {tokenizer.unk_token_id}
+
+
+def _without_specials(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], specials: set[int]
+) -> list[int]:
+    """Puts the characters of their spelling in the place of special tokens.
+
+    `split_special_tokens` does not keep all of them out: what a Unigram or a word list has among
+    its pieces is found there (`</s>` of T5), and old tokenizers in Python ignore it (BERT's).
+    """
+    spelled: dict[int, list[int]] = {}
+    for special in specials.intersection(ids):
+        characters = list(tokenizer.convert_ids_to_tokens(special))
+        if tokenizer.is_fast:  # the model alone puts no space in front of each
+            model = tokenizer.backend_tokenizer.model
+            parts = [[token.id for token in model.tokenize(c)] for c in characters]
+        else:
+            parts = _ids(tokenizer, characters)
+        spelled[special] = [i for part in parts for i in part if i not in specials]
+    return [i for number in ids for i in spelled.get(number, (number,))]
 
 
 def _pieces(text: str) -> Iterator[str]:

@@ -6,7 +6,6 @@ import datetime
 import errno
 import fcntl
 import io
-import json
 import math
 import os
 import re
@@ -19,6 +18,9 @@ from typing import Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+
+from corpora.lines import read_json_lines
+from utils import json_text
 
 # The original's columns and, at the end, the count of forward passes that the paper reports.
 ORIGINAL_COLUMNS = ("gen_ppl", "gen_nfes", "gen_entropy", "gen_lengths", "samples", "seed")
@@ -115,7 +117,7 @@ def _append_rows(file: io.FileIO, records: Sequence[SampleRecord], *, path: str)
     if end:
         text = io.StringIO(content[:end].decode(errors="replace"), newline="")
         with _long_fields():
-            columns = _columns_of(next(csv.reader(text)), where=f"{path}:1")[0]
+            columns = _columns_of(next(csv.reader(text)), where=f"{path}, line 1")[0]
     _append(file, _csv_text(records, columns=columns, has_header=not end), end=end)
 
 
@@ -177,7 +179,7 @@ def _json_line(record: SampleRecord) -> str:
         raise ValueError(f"extra may not have {clash}: these are columns")
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     entries = record.values() | {"time": now} | dict(record.extra)
-    return json.dumps(entries, ensure_ascii=False, default=str) + "\n"
+    return json_text(entries, ensure_ascii=False, default=str) + "\n"
 
 
 def _csv_text(records: Sequence[SampleRecord], *, columns: Sequence[str], has_header: bool) -> str:
@@ -221,23 +223,19 @@ def read_samples(path: str | Path) -> list[SampleRecord]:
         ValueError: names file and line of a row that is broken, or says that there is none.
     """
     path = Path(path)
-    with path.open(newline="", encoding="utf-8", errors="replace") as file:
-        read = _read_jsonl if path.suffix == ".jsonl" else _read_csv
-        records = list(read(file, str(path)))
+    if path.suffix == ".jsonl":
+        records = list(_read_jsonl(path))
+    else:  # maybe saved again by a program that puts a byte-order mark in front
+        with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
+            records = list(_read_csv(file, str(path)))
     if not records:
         raise ValueError(f"{path}: no samples in this file")
     return records
 
 
-def _read_jsonl(file: io.TextIOBase, path: str) -> Iterator[SampleRecord]:
-    for number, line in enumerate(file, start=1):
-        where = f"{path}:{number}"
-        try:
-            entries = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{where}: not a line of JSON ({error})") from error
-        missing = set(ORIGINAL_COLUMNS) - set(entries if isinstance(entries, dict) else ())
-        if missing:
+def _read_jsonl(path: Path) -> Iterator[SampleRecord]:
+    for where, entries in read_json_lines(str(path)):
+        if missing := set(ORIGINAL_COLUMNS) - set(entries):
             raise ValueError(f"{where}: a sample needs {sorted(missing)}")
         cells = {k: "" if entries.get(k) is None else str(entries[k]) for k in COLUMNS}
         extra = {k: v for k, v in entries.items() if k not in _TYPES}
@@ -251,7 +249,7 @@ def _read_csv(file: io.TextIOBase, path: str) -> Iterator[SampleRecord]:
         line = 1  # of the row's beginning: texts have newlines
         try:
             for row in reader:
-                where = f"{path}:{line}"
+                where = f"{path}, line {line}"
                 is_header = False
                 if not columns:
                     columns, is_header = _columns_of(row, where=where)
@@ -264,7 +262,7 @@ def _read_csv(file: io.TextIOBase, path: str) -> Iterator[SampleRecord]:
                     yield _record(dict(zip(columns, row, strict=True)), where=where)
                 line = reader.line_num + 1
         except csv.Error as error:
-            raise ValueError(f"{path}:{line}: not a row of CSV ({error})") from error
+            raise ValueError(f"{path}, line {line}: not a row of CSV ({error})") from error
 
 
 def _columns_of(row: Sequence[str], *, where: str) -> tuple[Sequence[str], bool]:

@@ -1,6 +1,5 @@
 """Likelihood of a trained model on a validation set (`mode=ppl_eval`)."""
 
-import json
 from typing import Any
 
 import lightning as L
@@ -13,7 +12,7 @@ from evaluation.report import print_table
 from modes.starting_weights import load_model
 from training.manifest import config_hash
 from training.trainer import build_trainer
-from utils import absolute_path, write_text
+from utils import absolute_path, json_text, write_text
 
 
 def ppl_eval(config: DictConfig) -> str:
@@ -43,6 +42,6 @@ def ppl_eval(config: DictConfig) -> str:
     results["config_hash"] = config_hash(plain(config))
     path = absolute_path(config.eval.results_path or "ppl_eval.json")
     if trainer.is_global_zero:
-        write_text(path, json.dumps(results, indent=2) + "\n")
+        write_text(path, json_text(results, indent=2) + "\n")
         print_table(f"Likelihood of {data.valid}", results)
     return path

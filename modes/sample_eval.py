@@ -256,6 +256,7 @@ def summary(records: Sequence[SampleRecord], *, seconds: float) -> dict[str, flo
         known = [row[name] for row in rows if row[name] is not None]
         if known:
             values[f"mean {name}"] = sum(known) / len(known)
-    values["new tokens per pass"] = num_new / sum(r.gen_nfes for r in records)
+    if num_passes := sum(r.gen_nfes for r in records):
+        values["new tokens per pass"] = num_new / num_passes
     values["new tokens per second"] = num_new / seconds
     return values

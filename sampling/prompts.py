@@ -5,16 +5,21 @@ gaps is JSON Lines with the key `text`; in it `[MASK]` stands for one token to f
 n of them.
 """
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import fsspec
 import torch
 from torch import Tensor
 
+from corpora.lines import checked_text, compression_of, read_json_lines, read_lines
+from utils import get_logger
+
+logger = get_logger(__name__)
+
 GAP = re.compile(r"\[MASK(?::(\d+))?\]")
+# The beginning of a gap that is none: of no token, or of a number that is no number.
+BROKEN_GAP = re.compile(r"\[MASK:(?!\d*[1-9]\d*\]).{0,20}")
 Encode = Callable[[str], list[int]]
 
 
@@ -34,51 +39,50 @@ class CanvasRow:
 
 
 def read_prompts(path: str) -> list[str]:
-    """The prompts of a file.
+    """The prompts of a file, read as `corpora.lines` does.
 
     Raises:
-        ValueError: an empty file, or a broken line (named as file:line).
+        ValueError: an empty file, or a broken line (named).
         FileNotFoundError: there is no such file.
     """
-    return _read(path, key="prompt", is_json=path.endswith((".jsonl", ".json")))
+    is_json = path.lower().removesuffix(compression_of(path)).endswith((".jsonl", ".json"))
+    return [text for _, text in _read(path, key="prompt", is_json=is_json)]
 
 
 def read_gap_texts(path: str) -> list[str]:
     """The texts with gaps of a JSON Lines file; errors as in `read_prompts`."""
-    return _read(path, key="text", is_json=True, has_gaps=True)
+    texts = _read(path, key="text", is_json=True)
+    for where, text in texts:
+        if broken := BROKEN_GAP.search(text):
+            raise ValueError(f"{where}: {broken[0]!r} is no gap; allowed in [MASK:n] is n from 1")
+        if not GAP.search(text):
+            raise ValueError(f"{where}: no gap in this text; write [MASK] or [MASK:n] in it")
+    return [text for _, text in texts]
 
 
-def _read(path: str, *, key: str, is_json: bool, has_gaps: bool = False) -> list[str]:
+def _read(path: str, *, key: str, is_json: bool) -> list[tuple[str, str]]:
+    """The texts of a file, each behind its place for messages."""
     try:
-        with fsspec.open(path, "r", encoding="utf-8") as file:
-            lines = file.read().splitlines()
+        texts = _json_texts(path, key=key) if is_json else _plain_texts(path)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: there is no such file of {key}s") from error
-    except OSError as error:
-        raise OSError(f"{path}: cannot be read as a file of {key}s ({error})") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error})") from error
-    texts = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        texts.append(_json_field(line, key=key, where=where) if is_json else line)
-        if has_gaps and not GAP.search(texts[-1]):
-            raise ValueError(f"{where}: no gap in this text; write [MASK] or [MASK:n] in it")
     if not texts:
         raise ValueError(f"{path}: the file is empty")
     return texts
 
 
-def _json_field(line: str, *, key: str, where: str) -> str:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error})") from error
-    if not isinstance(record, dict) or not isinstance(record.get(key), str):
-        raise ValueError(f'{where}: expected an object with the text under "{key}"')
-    return record[key]
+def _plain_texts(path: str) -> list[tuple[str, str]]:
+    lines = enumerate(read_lines(path), start=1)
+    return [(f"{path}, line {i}", line.removesuffix("\n")) for i, line in lines if line.strip()]
+
+
+def _json_texts(path: str, *, key: str) -> list[tuple[str, str]]:
+    texts = []
+    for where, record in read_json_lines(path):
+        if key not in record:
+            raise ValueError(f'{where}: expected an object with the text under "{key}"')
+        texts.append((where, checked_text(record[key], f"{where}: {key}")))
+    return texts
 
 
 def _given(text: str, *, encode: Encode, mask_index: int, key: str) -> list[int]:
@@ -104,12 +108,19 @@ def prompt_row(
     """BOS, the prompt, and room for new tokens up to `length` or `max_new_tokens`.
 
     Raises:
-        ValueError: the prompt leaves no room, or holds a gap marker or the tokenizer's mask.
+        ValueError: the prompt leaves no room, or holds a gap `[MASK:n]`. The spelling of a
+            special token, and be it `[MASK]`, is text.
     """
-    if GAP.search(text):
+    gap = GAP.search(text)
+    if gap and gap[1]:
         raise ValueError(
             f"sampling.prompts: {text[:60]!r} holds the marker of a gap; texts with gaps belong "
             "in sampling.infill"
+        )
+    if gap:
+        logger.warning(
+            "sampling.prompts: [MASK] in %r is text as any other; gaps belong in sampling.infill",
+            text[:60],
         )
     given = _given(text, encode=encode, mask_index=mask_index, key="sampling.prompts")
     tokens = [bos_index, *given]
@@ -130,6 +141,12 @@ def gap_row(
     Raises:
         ValueError: the text does not fit, or holds the tokenizer's mask where it has no gap.
     """
+    num_masks = sum(int(gap[1] or 1) for gap in GAP.finditer(text))
+    if num_masks >= length:  # and be it a number that fits in no memory
+        raise ValueError(
+            f"sampling.infill: the gaps of {text[:60]!r} have {num_masks} tokens, allowed with BOS "
+            f"and the rest are up to model.length={length}"
+        )
     shared = {"encode": encode, "mask_index": mask_index, "key": "sampling.infill"}
     tokens, position = [bos_index], 0
     for gap in GAP.finditer(text):

@@ -5,11 +5,12 @@ the pass in which each was revealed and its probability at that moment, as JSON.
 """
 
 import html
-import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from utils import json_text
 
 from .base import SamplerOutput
 
@@ -91,7 +92,7 @@ def render_page(rows: Sequence[TraceRow], *, title: str) -> str:
 
     Any text is safe: JSON inside a script element may hold no `<`, and is pure ASCII.
     """
-    data = json.dumps({"rows": rows}, separators=(",", ":"))
+    data = json_text({"rows": rows}, separators=(",", ":"))
     for character in "<>&":
         data = data.replace(character, f"\\u{ord(character):04x}")
     values = {"__TITLE__": html.escape(title), "__DATA__": data}

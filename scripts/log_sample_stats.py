@@ -16,6 +16,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from any directory
 from evaluation.sample_log import SampleRecord, find_sample_files, read_samples
+from utils import print_without_fail
 
 # Column of the files, what the table calls it, decimals.
 MEASURED = (
@@ -79,4 +80,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    print_without_fail()
     raise SystemExit(main())

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ssd_model import PUBLISHED, TOKENIZER, SSDModel, load_model, load_tokenizer
 from ssd_sampling import RowDraws, SSDSettings, sample_text
 
-from utils import derive_seed, write_text
+from utils import derive_seed, json_text, print_without_fail, write_text
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 
@@ -141,7 +141,7 @@ def read_samples(path: str, *, settings: dict[str, Any]) -> list[dict[str, Any]]
 def write_samples(path: str, *, settings: dict[str, Any], samples: list[dict[str, Any]]) -> None:
     """Write the file whole or not at all."""
     content = {"settings": settings, "samples": samples}
-    write_text(path, json.dumps(content, ensure_ascii=False) + "\n")
+    write_text(path, json_text(content, ensure_ascii=False) + "\n")
 
 
 def draw(
@@ -241,4 +241,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    print_without_fail()
     raise SystemExit(main())

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from generate_text import POSITIVE, find_device
 
 from evaluation.generative_perplexity import GenerativePerplexity, ScorerUnavailableError
-from utils import write_text
+from utils import json_text, print_without_fail, write_text
 
 COLUMNS = {
     "gen_ppl": "generative perplexity",
@@ -158,8 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         rows = score(args)
         result = {"scorer": args.scorer} | summary(rows)
-        rows = [row | {"gen_ppl": finite(row["gen_ppl"])} for row in rows]
-        content = json.dumps(result | {"samples": rows}, indent=2) + "\n"
+        content = json_text(result | {"samples": rows}, indent=2) + "\n"
         write_text(str(args.output), content)
     except (OSError, ValueError) as error:
         print(f"report_genppl.py: error: {error}", file=sys.stderr)
@@ -171,4 +170,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    print_without_fail()
     raise SystemExit(main())

@@ -43,7 +43,7 @@ def test_broken_texts_are_found_before_a_training(key, compose, tmp_path, monkey
     monkeypatch.setitem(main.MODES, "train", fail)
     (tmp_path / "texts.jsonl").write_text("{broken\n")
     config = compose(overrides(tmp_path, "then=[sample_eval]", f"sampling.{key}=texts.jsonl"))
-    with pytest.raises(ValueError, match="texts.jsonl:1: not JSON"):
+    with pytest.raises(ValueError, match="texts.jsonl, line 1: not JSON"):
         main.run(config, launch_dir=str(tmp_path))
 
 

@@ -2,13 +2,20 @@
 
 import errno
 import fcntl
+import io
+import json
 import logging
+import math
 import os
 import signal
+import sys
 import time
 
 import filelock
 import pytest
+import rich.console
+import rich.panel
+import rich.text
 from fsspec.implementations.local import LocalFileSystem
 
 from utils import (
@@ -17,7 +24,9 @@ from utils import (
     file_exists,
     file_lock,
     get_logger,
+    json_text,
     lock_holder,
+    print_without_fail,
     process_rank,
     resolve_device,
     write_text,
@@ -168,3 +177,74 @@ def test_rank_before_there_is_a_process_group(environment, expected, monkeypatch
 def test_device_of_a_machine_without_gpu(fake_gpus):
     fake_gpus(0)
     assert resolve_device("auto").type == resolve_device("cpu").type == "cpu"
+
+
+def test_json_is_valid_whatever_the_numbers():
+    """ppl_eval.json held `Infinity`, which is no JSON."""
+    value = {"ppl": math.inf, "rows": [{"nll": math.nan}, (1, -math.inf, 2.5)], "n": 3, "s": "NaN"}
+    found = json.loads(json_text(value, indent=2), parse_constant=pytest.fail)
+    assert found == {"ppl": None, "rows": [{"nll": None}, [1, None, 2.5]], "n": 3, "s": "NaN"}
+
+
+@pytest.fixture
+def stdout(monkeypatch):
+    """Standard output with an encoding, into a pipe or a file: `stdout("ascii")`, its other end."""
+    files = []
+
+    def redirect(encoding: str):
+        end, start = os.pipe()
+        files.extend([os.fdopen(end, "rb"), os.fdopen(start, "wb")])
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(files[1], encoding=encoding))
+        monkeypatch.setattr(sys, "stderr", io.StringIO())
+        files.append(sys.stdout)  # as sys.__stdout__ is kept
+        print_without_fail()
+        return files[0]
+
+    yield redirect
+    for file in files:
+        file.close()
+
+
+@pytest.mark.parametrize(("encoding", "seen"), [("ascii", b"??x?"), ("latin-1", b"??x\xe9")])
+def test_a_terminal_without_the_letters_shows_others(stdout, encoding, seen):
+    """The first sample that held one ended the run, and the others were never drawn."""
+    pipe = stdout(encoding)
+    print("日本xé")
+    sys.stdout.close()
+    assert pipe.read() == seen + b"\n"
+
+
+def test_tables_for_a_terminal_without_line_drawing(stdout):
+    pipe = stdout("ascii")
+    rich.console.Console().print(rich.panel.Panel(rich.text.Text("日 text"), title="sample 1"))
+    sys.stdout.close()
+    frame = pipe.read().decode("ascii").splitlines()
+    assert frame[0].startswith("+--") and " sample 1 " in frame[0] and "|" in frame[1]
+
+
+def test_nobody_reads_on(stdout):
+    """`| head` ended a run at its first print behind, in the middle of its samples."""
+    stdout("utf-8").close()
+    for _ in range(3):
+        print("x" * 100_000)
+        rich.console.Console().print("sample")
+    sys.stdout.flush()
+
+
+def test_a_log_on_a_full_disk(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        print_without_fail()
+        print("lost")
+        sys.stdout.flush()
+        monkeypatch.undo()
+
+
+def test_output_that_is_no_file_stays(monkeypatch):
+    """Notebooks and tests have such, and Windows without a terminal has none."""
+    monkeypatch.setattr(sys, "stderr", None)
+    for stream in (io.StringIO(), None):
+        monkeypatch.setattr(sys, "stdout", stream)
+        print_without_fail()
+        assert sys.stdout is stream

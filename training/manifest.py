@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from corpora.row_datasets import PackedRows
-from utils import file_exists, write_text
+from utils import file_exists, json_text, write_text
 
 _PACKAGES = (
     "torch",
@@ -82,7 +82,7 @@ class RunManifest(L.Callback):
             "history": [*self._history(), start],
             "config": self.run_config,
         }
-        write_text(self.path, json.dumps(manifest, indent=2) + "\n")
+        write_text(self.path, json_text(manifest, indent=2) + "\n")
 
     def _history(self) -> list[dict[str, Any]]:
         if not file_exists(self.path):

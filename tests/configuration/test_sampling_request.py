@@ -51,3 +51,20 @@ def test_blank_rows_follow_max_new_tokens(compose, tmp_path):
     config = compose(overrides(tmp_path, "mode=sample_eval", "sampling.max_new_tokens=9"))
     rows = sampling_request(config).canvas_rows(load_tokenizer("bytes"), mask_index=259)
     assert {row.limit for row in rows} == {10} and len(rows) == config.loader.eval_batch_size
+
+
+def test_what_the_command_line_says_in_stop_strings(compose):
+    """A newline is typed as one, `$'...'` in bash; a byte that is no UTF-8 is U+FFFD, which is
+    what a text has in its place."""
+    typed = 'sampling.stop_strings=["\n\n", "a \udcff"]'
+    options = sampling_request(compose(["mode=sample_eval", typed])).options
+    assert options.stop_strings == ("\n\n", "a \ufffd")
+
+
+def test_special_tokens_in_prompts_are_text(compose, tmp_path, bert):
+    """With BERT a prompt could say [SEP], and the model saw the end of a text."""
+    (tmp_path / "p.txt").write_text("a [SEP] b [MASK]")
+    config = compose(overrides(tmp_path, "mode=sample_eval", f"sampling.prompts={tmp_path}/p.txt"))
+    (row,) = sampling_request(config).canvas_rows(bert, mask_index=103)
+    assert bert.decode(row.tokens) == "[CLS] a [ sep ] b [ mask ]"
+    assert not {102, 103} & set(row.tokens)

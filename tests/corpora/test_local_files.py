@@ -1,6 +1,7 @@
 """Reading files: formats, document modes, places, and what is said about bad ones."""
 
 import gzip
+import io
 import json
 from pathlib import Path
 
@@ -65,6 +66,51 @@ def test_saved_dataset(tmp_path: Path):
     assert [found["text"] for found in read_documents(files, "line", "text")] == ["a"]
 
 
+@pytest.mark.parametrize("compression", [None, "lz4", "zstd"])
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("make", [pa.ipc.new_file, pa.ipc.new_stream])
+def test_both_formats_of_arrow(tmp_path: Path, make, suffix: str, compression: str | None):
+    """The file format is what polars and R write: it was read as a stream, whose length its first
+    letters are not."""
+    table = pa.table({"text": [f"α{i}" for i in range(5)], "n": range(5)})
+    content = io.BytesIO()
+    options = pa.ipc.IpcWriteOptions(compression=compression)
+    with make(content, table.schema, options=options) as writer:
+        writer.write_table(table, max_chunksize=2)
+    compress = {".gz": gzip.compress, ".zst": zstandard.compress}.get(suffix, bytes)
+    path = tmp_path / f"a.arrow{suffix}"
+    path.write_bytes(compress(content.getvalue()))
+    assert texts(path) == [f"α{i}" for i in range(5)]
+
+
+def test_lone_surrogates_become_the_replacement_character(tmp_path: Path):
+    """JSON spells half an emoji; tokenizers raised a TypeError that named no file."""
+    path = tmp_path / "a.jsonl"
+    path.write_text(r'{"text": "cut \ud83d here", "n": 1}' + "\n" + r'{"text": "\ud83d\ude00"}')
+    assert texts(path) == ["cut \ufffd here", "😀"]
+
+
+def test_bytes_in_a_table_that_are_no_text_are_named(tmp_path: Path):
+    """Half of an emoji again, as Java writes it; Arrow takes it for text."""
+    broken = pa.array([b"fine", b"half \xed\xa0\xbd"]).view(pa.string())
+    pq.write_table(pa.table({"text": broken}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a.parquet, row 2: data.text_column='text': not UTF-8"):
+        texts(tmp_path / "a.parquet")
+    pq.write_table(pa.table({"text": ["fine", None]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a.parquet, row 2: data.text_column='text' must hold"):
+        texts(tmp_path / "a.parquet")
+
+
+def test_a_name_that_two_columns_have(tmp_path: Path):
+    table = pa.table([["a"], ["b"]], names=["text", "text"])
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as file, pa.ipc.new_file(
+        file, table.schema
+    ) as writer:
+        writer.write_table(table)
+    with pytest.raises(ValueError, match="no single column data.text_column='text'"):
+        texts(tmp_path / "a.arrow")
+
+
 def test_directories_and_globs_are_read_in_sorted_order(tmp_path: Path):
     (tmp_path / "sub").mkdir()
     for name in ("sub/c.txt", "b.jsonl", "a.txt"):
@@ -93,8 +139,13 @@ def test_urls(tmp_path: Path, protocol: str):
         ("a.jsonl", b'{"text": "fine"}\n{"text": ', r"a.jsonl, line 2: not JSON"),
         ("a.jsonl", b'{"content": "x"}', r"a.jsonl, line 1: no field data.text_column='text'"),
         ("a.jsonl", b'{"text": 7}', r"a.jsonl, line 1: data.text_column='text' must hold text"),
-        ("a.jsonl", b"[1]", r"a.jsonl, line 1: no field"),
+        ("a.jsonl", b'{"text": null}', r"a.jsonl, line 1: data.text_column='text' must hold text"),
+        ("a.jsonl", b"[1]", r"a.jsonl, line 1: no JSON object but \[1\]"),
+        ("a.jsonl", b"[" * 99_999, r"a.jsonl, line 1: not JSON"),
         ("a.parquet", b"PAR1 or so", r"a.parquet is no readable parquet file"),
+        ("a.parquet.gz", b"not compressed", r"a.parquet.gz is no readable parquet file"),
+        ("a.arrow", b"ARROW1 or so", r"a.arrow is no readable arrow file"),
+        ("a.arrow.zst", b"not compressed", r"a.arrow.zst is no readable arrow file"),
         ("a.txt.gz", b"not compressed", r"a.txt.gz cannot be read"),
         ("a.txt.zst", b"not compressed", r"a.txt.zst cannot be read"),
     ],

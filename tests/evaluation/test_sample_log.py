@@ -88,6 +88,25 @@ def test_what_was_not_measured_is_empty(tmp_path):
     assert (tmp_path / "samples.csv").read_text().splitlines()[1].startswith(",3,")
 
 
+def test_an_infinite_perplexity_is_no_json_number(tmp_path):
+    """`Infinity` is what Python writes, and what no other reader of JSON takes."""
+    append_samples(str(tmp_path), [record(gen_ppl=math.inf, extra={"odds": [1.0, -math.inf]})])
+    (line,) = (tmp_path / "samples.jsonl").read_text().splitlines()
+    entries = json.loads(line, parse_constant=pytest.fail)
+    assert entries["gen_ppl"] is None and entries["odds"] == [1.0, None]
+    assert read_samples(tmp_path / "samples.jsonl")[0].gen_ppl is None
+    assert read_samples(tmp_path / "samples.csv")[0].gen_ppl == math.inf
+
+
+def test_files_that_windows_saved_again(tmp_path):
+    """With a byte-order mark the first column was none of a table of samples."""
+    append_samples(str(tmp_path), [record("a\u2028b\x85c")])
+    for name in ("samples.csv", "samples.jsonl"):
+        path = tmp_path / name
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+        assert [found.samples for found in read_samples(path)] == ["a\u2028b\x85c"]
+
+
 def test_metadata_is_in_the_json(tmp_path):
     extra = {"rank": 2, "accepted": False, "prompt": None, "checkpoint": Path("a/last.ckpt")}
     append_samples(str(tmp_path), [record(extra=extra)])
@@ -220,7 +239,7 @@ def test_rows_fit_the_file_that_is_there(tmp_path, header):
 def test_another_table_is_not_added_to(tmp_path):
     path = tmp_path / "samples.csv"
     path.write_text("step,loss\n1,2\n")
-    with pytest.raises(ValueError, match=r"samples\.csv:1: .*gen_ppl"):
+    with pytest.raises(ValueError, match=r"samples\.csv, line 1: .*gen_ppl"):
         append_samples(str(tmp_path), [record()])
     assert path.read_text() == "step,loss\n1,2\n"
 
@@ -265,10 +284,10 @@ BROKEN_CSV = [
     (original_row() + '1,2,3,4,"open', 3, "not a row of CSV"),
 ]
 BROKEN_JSONL = [
-    ('{"gen_ppl": 1', 1, "not a line of JSON"),
+    ('{"gen_ppl": 1', 1, "not JSON"),
     ("{}\n", 1, "needs"),
-    ("[1]\n", 1, "needs"),
-    ("\n", 1, "not a line of JSON"),
+    ("[1]\n", 1, "no JSON object"),
+    ("\n\xff{", 2, "not JSON"),
     (json.dumps(record().values() | {"gen_nfes": [1, "a"]}), 1, "gen_nfes is"),
 ]
 
@@ -282,7 +301,7 @@ def test_broken_files_are_named_with_the_line(tmp_path, suffix, content, line, c
     path.write_text(content, newline="")
     with pytest.raises(ValueError, match=cause) as caught:
         read_samples(path)
-    assert str(caught.value).startswith(f"{path}:{line}: ")
+    assert str(caught.value).startswith(f"{path}, line {line}: ")
 
 
 @pytest.mark.parametrize("name", ["samples.csv", "samples.jsonl"])

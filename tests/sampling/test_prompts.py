@@ -31,9 +31,10 @@ def test_prompts_of_json_lines(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"prompt": "a"}\n{"prompt"', "prompts.jsonl:2: not JSON"),
-        ('{"text": "a"}', 'prompts.jsonl:1: expected an object with the text under "prompt"'),
-        ("[1]", "prompts.jsonl:1: expected an object"),
+        ('{"prompt": "a"}\n{"prompt"', "prompts.jsonl, line 2: not JSON"),
+        ('{"text": "a"}', 'prompts.jsonl, line 1: expected an object with the text under "prompt"'),
+        ('{"prompt": 7}', "prompts.jsonl, line 1: prompt must hold text, not 7"),
+        ("[1]", "prompts.jsonl, line 1: no JSON object"),
         ("\n\n", "prompts.jsonl: the file is empty"),
     ],
 )
@@ -47,19 +48,54 @@ def test_broken_files_are_named(content, message, tmp_path):
 def test_not_utf8_and_missing(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_bytes(gzip.compress(b"x") + b"\xff\xfe")
-    with pytest.raises(ValueError, match="prompts.txt: not UTF-8"):
+    with pytest.raises(ValueError, match="prompts.txt, line 1: not UTF-8"):
         read_prompts(str(path))
     with pytest.raises(FileNotFoundError):
         read_prompts(str(tmp_path / "none.txt"))
-    with pytest.raises(OSError, match="cannot be read as a file of prompts .*directory"):
+    with pytest.raises(ValueError, match="cannot be read: .*directory"):
         read_prompts(str(tmp_path))
 
 
 def test_a_text_without_a_gap_is_an_error(tmp_path):
     path = tmp_path / "gaps.jsonl"
     path.write_text('{"text": "a [MASK] b"}\n\n{"text": "none"}\n')
-    with pytest.raises(ValueError, match="gaps.jsonl:3: no gap in this text; write \\[MASK"):
+    with pytest.raises(ValueError, match="gaps.jsonl, line 3: no gap in this text; write \\[MASK"):
         read_gap_texts(str(path))
+
+
+@pytest.mark.parametrize("gap", ["[MASK:0]", "[MASK:000]", "[MASK:-1]", "[MASK:]", "[MASK:x]"])
+def test_a_gap_of_no_token_is_an_error(gap, tmp_path):
+    """The samples were drawn, and then the passes per new token divided by zero."""
+    path = tmp_path / "gaps.jsonl"
+    path.write_text(f'{{"text": "a [MASK] b"}}\n{{"text": "a {gap} [MASK]"}}\n')
+    with pytest.raises(ValueError, match="gaps.jsonl, line 2: '.MASK:.* is no gap; .* n from 1"):
+        read_gap_texts(str(path))
+    path.write_text('{"text": "a[MASK:010]"}\n')
+    assert read_gap_texts(str(path)) == ["a[MASK:010]"]
+
+
+def test_a_gap_larger_than_any_memory_is_an_error():
+    with pytest.raises(ValueError, match="have 9{18} tokens, allowed .* model.length=50"):
+        gap_row(f"a[MASK:{'9' * 18}]", length=50, **SHARED)
+
+
+def test_files_as_windows_writes_them(tmp_path):
+    """The first prompt began with U+FEFF, and JSON was refused for it."""
+    for name, lines in (("p.txt", "a\r\nb\r\n"), ("p.jsonl", '{"prompt": "a"}\r\n{"prompt": "b"}')):
+        (tmp_path / name).write_bytes(f"\ufeff{lines}".encode())
+        assert read_prompts(str(tmp_path / name)) == ["a", "b"]
+
+
+def test_lines_end_at_newlines_alone(tmp_path):
+    """Other characters that Python takes for line ends cut prompts in two, and JSON in its
+    middle."""
+    text = "a\u2028b\x85c\x0cd"
+    (tmp_path / "p.txt").write_bytes(f"{text}\n{text}".encode())
+    assert read_prompts(str(tmp_path / "p.txt")) == [text, text]
+    record = json.dumps({"prompt": text, "text": f"{text}[MASK]"}, ensure_ascii=False)
+    (tmp_path / "p.jsonl.gz").write_bytes(gzip.compress(record.encode()))
+    assert read_prompts(str(tmp_path / "p.jsonl.gz")) == [text]
+    assert read_gap_texts(str(tmp_path / "p.jsonl.gz")) == [f"{text}[MASK]"]
 
 
 def test_prompt_row_leaves_room_for_new_tokens():
@@ -78,6 +114,13 @@ def test_a_prompt_that_fills_the_window_is_an_error(text):
 def test_a_marker_in_a_prompt_is_an_error():
     with pytest.raises(ValueError, match="belong in sampling.infill"):
         prompt_row("a [MASK:3]", length=50, max_new_tokens=None, **SHARED)
+
+
+def test_a_special_token_in_a_prompt_is_text(caplog):
+    """[MASK] too, which a user may have meant as a gap."""
+    row = prompt_row("a [MASK]", length=50, max_new_tokens=None, **SHARED)
+    assert row.tokens == [BOS, *map(ord, "a [MASK]")]
+    assert "gaps belong in sampling.infill" in caplog.text
 
 
 def test_the_tokenizers_own_mask_is_an_error():

@@ -78,7 +78,7 @@ def test_cells_are_not_evaluated(tmp_path, capsys, column):
     assert main([str(tmp_path)]) == (0 if is_text else 1)
     assert not (tmp_path / "ran").exists()
     if not is_text:
-        assert f"{tmp_path}/samples.csv:1: " in capsys.readouterr().err
+        assert f"{tmp_path}/samples.csv, line 1: " in capsys.readouterr().err
 
 
 def test_names_are_not_markup(tmp_path, capsys):
@@ -91,7 +91,7 @@ def test_names_are_not_markup(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("content", "cause"),
-    [(None, "no such file"), ("", "no samples"), (ROW + "1,2\n", "samples.csv:2: 2 cells")],
+    [(None, "no such file"), ("", "no samples"), (ROW + "1,2\n", "samples.csv, line 2: 2 cells")],
     ids=["missing", "empty", "broken"],
 )
 def test_a_bad_file_is_named_and_hides_no_other(tmp_path, logdir, capsys, content, cause):
