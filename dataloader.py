@@ -6,11 +6,9 @@ Rows are prepared once and kept in a cache (`corpora.row_cache`), or made while 
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-import rich.console
-import rich.progress
 import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
@@ -18,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from configuration.data_request import DataRequest, Role
 from corpora import row_cache, sources, tokenization
 from corpora.packing import DOCUMENTS_PER_BATCH, RowMaker, Rows, map_in_order
+from corpora.packing_progress import shown
 from corpora.registry import DatasetSpec
 from corpora.row_datasets import PackedRows, StreamedRows, share
 from corpora.row_order import RowLoader, RowOrder, SnapshotLoader, ignore_stop_signals
@@ -103,24 +102,12 @@ def _train_loader(
 ) -> StatefulDataLoader:
     """Returns the training loader; see `get_dataloaders`."""
     batch_size = data.batch_size
-    spec, request = data.spec("train"), data.documents("train")
     if data.streaming:
-        documents = spec.load(request)
-        rows = StreamedRows(
-            share(documents, rank=rank, world_size=world_size),
-            _row_maker(data, tokenizer, "train"),
-            text_column=request.text_column,
-            shuffle_buffer=data.shuffle_buffer,
-            seed=data.seed,
-            # Ranks whose shares differ in size would wait for each other at the end of an epoch.
-            repeat=world_size > 1,
-            crop_seed=(data.seed, rank) if spec.crops_train else None,
-        )
-        return _loader(SnapshotLoader, data, rows, batch_size, drop_last=True)
-    crop_seed = data.seed if spec.crops_train else None
+        return _stream_loader(data, tokenizer, rank=rank, world_size=world_size)
+    crop_seed = data.seed if data.spec("train").crops_train else None
     rows = PackedRows(_rows(data, tokenizer, "train"), crop_seed=crop_seed)
     if len(rows) < batch_size * world_size:
-        raise ValueError(_too_few(data, "train", len(rows), batch_size, world_size))
+        raise ValueError(_too_few(data, "train", len(rows), world_size))
     order = RowOrder(
         len(rows),
         batch_size=batch_size,
@@ -133,6 +120,41 @@ def _train_loader(
     return _loader(RowLoader, data, rows, batch_size, sampler=order, drop_last=True)
 
 
+def _stream_loader(
+    data: DataRequest, tokenizer: PreTrainedTokenizerBase, *, rank: int, world_size: int
+) -> StatefulDataLoader:
+    """Returns the training loader of rows that are made while training."""
+    spec, request, batch_size = data.spec("train"), data.documents("train"), data.batch_size
+    row_maker, documents = _row_maker(data, tokenizer, "train"), spec.load(request)
+
+    def rows_of(rank: int, world_size: int) -> StreamedRows:
+        return StreamedRows(
+            share(documents, rank=rank, world_size=world_size),
+            row_maker,
+            text_column=request.text_column,
+            shuffle_buffer=data.shuffle_buffer,
+            seed=data.seed,
+            # Ranks whose shares differ in size would wait for each other at the end of an epoch.
+            repeat=world_size > 1,
+            crop_seed=(data.seed, rank) if spec.crops_train else None,
+        )
+
+    needed = batch_size * world_size
+    if world_size > 1:  # it would repeat few rows for ever, and some ranks may have none
+        found = rows_of(0, 1).count(needed)
+        if found < needed:
+            raise ValueError(_too_few(data, "train", found, world_size))
+    rows = rows_of(rank, world_size)
+    return _loader(
+        SnapshotLoader,
+        data,
+        rows,
+        batch_size,
+        drop_last=True,
+        too_few=lambda: _too_few_in_stream(data, rows.count(), world_size),
+    )
+
+
 def _valid_loader(
     data: DataRequest, tokenizer: PreTrainedTokenizerBase, *, rank: int, world_size: int
 ) -> StatefulDataLoader:
@@ -140,7 +162,7 @@ def _valid_loader(
     batch_size = data.eval_batch_size
     rows = PackedRows(_rows(data, tokenizer, "valid"))
     if len(rows) < batch_size * world_size:
-        raise ValueError(_too_few(data, "valid", len(rows), batch_size, world_size))
+        raise ValueError(_too_few(data, "valid", len(rows), world_size))
     share = range(rank, len(rows), world_size)
     return _loader(SnapshotLoader, data, rows, batch_size, sampler=share)
 
@@ -163,13 +185,27 @@ def _loader(
     )
 
 
-def _too_few(data: DataRequest, role: Role, rows: int, batch_size: int, world_size: int) -> str:
-    key = "loader.batch_size" if role == "train" else "loader.eval_batch_size"
+def _too_few(data: DataRequest, role: Role, rows: int, world_size: int) -> str:
+    key = "batch_size" if role == "train" else "eval_batch_size"
+    batch_size = getattr(data, key)
     return (
-        f"{key}={batch_size} needs at least {batch_size * world_size} rows on {world_size} "
+        f"loader.{key}={batch_size} needs at least {batch_size * world_size} rows on {world_size} "
         f"rank(s), but data.{role}={data.name(role)!r} has {rows} rows of model.length="
-        f"{data.length}; allowed: {key} <= {rows // world_size}, a shorter model.length, "
+        f"{data.length}; allowed: loader.{key} <= {rows // world_size}, a shorter model.length, "
         "or more text"
+    )
+
+
+def _too_few_in_stream(data: DataRequest, rows: int, world_size: int) -> str:
+    """The same of a stream, of which each loading process fills batches of its own."""
+    if data.num_workers <= 1 and world_size == 1:
+        return _too_few(data, "train", rows, world_size)
+    return (
+        f"loader.batch_size={data.batch_size} needs at least {data.batch_size} rows in one of "
+        f"loader.num_workers={data.num_workers} loading processes, but of data.train="
+        f"{data.train!r} one of {world_size} rank(s) has {rows} rows of model.length={data.length} "
+        "for all of them; allowed: a smaller loader.batch_size, loader.num_workers=0, a shorter "
+        "model.length, or more text"
     )
 
 
@@ -183,20 +219,21 @@ def _rows(
         "dataset": name,
         "documents": sources.describe(request),
         "tokenizer": tokenization.fingerprint(tokenizer),
+        "vocab_size": tokenization.mask_index_and_vocab_size(tokenizer)[1],
         "length": row_maker.length,
         "wrap": row_maker.wrap,
         "insert_eos": row_maker.insert_eos,
         "insert_special": row_maker.insert_special,
     }
 
-    def build() -> Iterable[Rows]:
+    def build(first: int) -> Iterator[Rows]:
         documents = spec.load(request)
-        batches = sources.in_batches(documents, request, DOCUMENTS_PER_BATCH)
-        return rich.progress.track(
+        batches = sources.in_batches(documents, request, DOCUMENTS_PER_BATCH, first=first)
+        return shown(
             map_in_order(row_maker, batches, num_proc=data.num_proc),
-            description=f"Tokenizing {name} {request.split}",
+            name=f"{name} {request.split}",
+            first=first,
             total=sources.num_batches(documents, DOCUMENTS_PER_BATCH),
-            console=rich.console.Console(stderr=True),
         )
 
     cache_dir = os.path.join(data.cache_dir, "rows")

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import errno
 import io
+import itertools
 import json
 import logging
 import math
@@ -72,6 +73,21 @@ def print_without_fail() -> None:
                 write_through=stream.write_through,
             )
             setattr(sys, name, terminal)
+
+
+def in_batch_job() -> bool:
+    """Whether standard error is no terminal: whoever looks at the run reads its log."""
+    return not sys.stderr.isatty()
+
+
+def duration(seconds: float) -> str:
+    """In the two largest units: `3 d 4 h`, `12 h 31 min`, `5 min 2 s`; `7.3 s` below a minute."""
+    whole = round(seconds)
+    units = (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1))
+    for (unit, size), (next_unit, next_size) in itertools.pairwise(units):
+        if whole >= size:
+            return f"{whole // size} {unit} {whole % size // next_size} {next_unit}"
+    return f"{seconds:.1f} s"
 
 
 # glibc's <malloc.h>

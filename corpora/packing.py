@@ -2,10 +2,13 @@
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
-import itertools
 import multiprocessing
+import multiprocessing.connection
 import os
+import signal
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -19,8 +22,10 @@ from corpora.tokenization import encode, packing_ids
 DOCUMENTS_PER_BATCH = 1_000
 # Documents handed to the tokenizer at once, which bounds its working memory.
 _DOCUMENTS_PER_CALL = 32
-# Starting processes takes longer than tokenizing fewer batches than this.
-_BATCHES_WORTH_A_POOL = 32
+# Starting processes takes longer than tokenizing less text than this, some seconds.
+_CHARACTERS_WORTH_A_POOL = 20_000_000
+# Text that has been handed to processes and is not yet rows; a larger batch is there alone.
+_CHARACTERS_IN_FLIGHT = 400_000_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,9 +52,10 @@ class RowMaker:
         """Makes the rows of one batch of documents."""
         if self.detokenize is not None:
             texts = [self.detokenize(text) for text in texts]
-        documents: list[list[int]] = []
+        documents: list[np.ndarray] = []  # a list takes nine times as much memory per id
         for start in range(0, len(texts), _DOCUMENTS_PER_CALL):
-            documents += encode(self.tokenizer, texts[start : start + _DOCUMENTS_PER_CALL])
+            encoded = encode(self.tokenizer, texts[start : start + _DOCUMENTS_PER_CALL])
+            documents += [np.array(ids, dtype=np.int32) for ids in encoded]
         num_tokens = sum(map(len, documents))
         if self.wrap:
             bos, eos = packing_ids(self.tokenizer)
@@ -112,11 +118,11 @@ def pack(
     Returns:
         (rows, N) int32.
     """
-    end = (eos,) if insert_eos else ()
-    stream = np.fromiter(
-        itertools.chain.from_iterable(itertools.chain(ids, end) for ids in documents),
-        dtype=np.int32,
-    )
+    end = np.array([eos] if insert_eos else [], dtype=np.int32)
+    pieces = [end[:0]]  # no documents are no error
+    for ids in documents:
+        pieces += [np.asarray(ids, dtype=np.int32), end]
+    stream = np.concatenate(pieces)
     width = length - 2 if insert_special else length
     rows = stream[: len(stream) // width * width].reshape(-1, width)
     if insert_special:
@@ -153,33 +159,78 @@ def map_in_order(
 ) -> Iterator[Rows]:
     """Yields the rows of each batch, in the order of the batches, whatever `num_proc` is.
 
-    With more than one process, only a few batches per process are in flight, so memory stays
-    bounded however many documents there are.
+    More processes than this one start once there is so much text that they are worth it. Only
+    a few batches are in flight, so memory stays bounded however many documents there are.
+
+    Raises:
+        ChildProcessError: one of the processes died.
     """
-    batches = iter(batches)
-    head = list(itertools.islice(batches, _BATCHES_WORTH_A_POOL))
-    if num_proc <= 1 or len(head) < _BATCHES_WORTH_A_POOL:
-        yield from map(row_maker, itertools.chain(head, batches))
+    batches, num_characters = iter(batches), 0
+    for batch in batches:
+        yield row_maker(batch)
+        num_characters += _num_characters(batch)
+        if num_proc > 1 and num_characters >= _CHARACTERS_WORTH_A_POOL:
+            break
+    else:
         return
+    yield from _map_in_processes(row_maker, batches, num_proc=num_proc)
+
+
+def _map_in_processes(
+    row_maker: RowMaker, batches: Iterator[Sequence[str]], *, num_proc: int
+) -> Iterator[Rows]:
     # spawn: forking a process that runs threads (tokenizers, CUDA) can hang
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(
-        num_proc, mp_context=context, initializer=_start_worker, initargs=(row_maker,)
-    ) as pool:
-        in_flight: collections.deque[concurrent.futures.Future[Rows]] = collections.deque()
-        for batch in itertools.chain(head, batches):
-            in_flight.append(pool.submit(_make_rows, batch))
-            if len(in_flight) > 2 * num_proc:
+    there, here = context.Pipe(duplex=False)
+    pool = concurrent.futures.ProcessPoolExecutor(
+        num_proc, mp_context=context, initializer=_start_worker, initargs=(row_maker, there)
+    )
+    in_flight: collections.deque[concurrent.futures.Future[Rows]] = collections.deque()
+    sizes: collections.deque[int] = collections.deque()
+    try:
+        for batch in batches:
+            size = _num_characters(batch)
+            while in_flight and (
+                len(in_flight) >= 2 * num_proc or sum(sizes) + size > _CHARACTERS_IN_FLIGHT
+            ):
+                sizes.popleft()
                 yield in_flight.popleft().result()
+            in_flight.append(pool.submit(_make_rows, batch))
+            sizes.append(size)
         while in_flight:
             yield in_flight.popleft().result()
+    except concurrent.futures.process.BrokenProcessPool as error:
+        raise ChildProcessError(
+            f"data.num_proc={num_proc}: one of the processes that tokenize was killed, mostly "
+            "because memory ran out; allowed: fewer processes. What is finished is kept"
+        ) from error
+    finally:
+        here.close()  # the processes end at once, whatever they are doing
+        pool.shutdown(cancel_futures=True)
 
 
-def _start_worker(row_maker: RowMaker) -> None:
-    """Keeps the row maker in a worker process, since sending it with each batch is slow."""
+def _num_characters(texts: Sequence[str]) -> int:
+    return sum(map(len, texts))
+
+
+def _start_worker(row_maker: RowMaker, owner: multiprocessing.connection.Connection) -> None:
+    """Keeps the row maker in a worker process, since sending it with each batch is slow.
+
+    The process ends when its owner closes its end of the connection or is killed. Signals, which
+    Slurm and Ctrl-C send to all processes, are for the owner.
+    """
     global _worker_row_maker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    for signum in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(owner,), daemon=True).start()
     _worker_row_maker = row_maker
+
+
+def _end_with(owner: multiprocessing.connection.Connection) -> None:
+    with contextlib.suppress(EOFError, OSError):
+        owner.recv_bytes()
+    os._exit(0)
 
 
 def _make_rows(texts: Sequence[str]) -> Rows:

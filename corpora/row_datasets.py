@@ -13,6 +13,8 @@ from corpora.packing import DOCUMENTS_PER_BATCH, RowMaker
 from corpora.row_cache import CachedRows
 from utils import derive_seed
 
+# The files of an epoch are shared out anew, so a share may be empty, but not again and again.
+_EMPTY_EPOCHS = 8
 # A set that lies in memory or on disk is streamed in this many pieces, to be shared out.
 _NUM_SHARDS = 64
 
@@ -74,7 +76,7 @@ class StreamedRows(torch.utils.data.IterableDataset):
         text_column: the documents' column.
         shuffle_buffer: rows of a block; 0 or 1 keeps the order, of the files too.
         seed: of the shuffling; the epoch is added to it.
-        repeat: start the next epoch instead of ending.
+        repeat: start the next epoch instead of ending, unless there are no rows.
         crop_seed: as for `PackedRows`; a stream of its own per rank.
     """
 
@@ -106,24 +108,24 @@ class StreamedRows(torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         worker = torch.utils.data.get_worker_info()
         worker_id = 0 if worker is None else worker.id
-        while True:
-            is_empty = self._state["block"] == self._state["given"] == 0
+        num_empty = 0
+        while num_empty < _EMPTY_EPOCHS:
             epoch = self._state["epoch"]
             for row in self._rest_of_epoch():
-                is_empty = False
                 seed = None
                 if self._crop_seed is not None:
                     place = (epoch, self._state["block"], self._state["given"])
                     seed = (*self._crop_seed, worker_id, *place)
                 yield _item(row["ids"], row["lengths"], seed)
+            is_empty = self._state["block"] == self._state["given"] == 0
             self._state = {"epoch": epoch + 1, "block": 0, "given": 0, "start": None}
-            if is_empty and worker_id == 0:  # the other workers may have no file of their own
-                raise ValueError(
-                    "data.streaming=true: the training documents do not fill one row of "
-                    "model.length; allowed: more text, or a shorter model.length"
-                )
-            if is_empty or not self._repeat:
+            if not self._repeat:
                 return
+            num_empty = num_empty + 1 if is_empty else 0
+
+    def count(self, limit: int | None = None) -> int:
+        """Returns the rows of this share, by making them, or `limit` where there are more."""
+        return sum(1 for _ in itertools.islice(self._rows, limit))
 
     def _rest_of_epoch(self) -> Iterator[dict[str, Any]]:
         """The rows that follow the state, which moves along."""

@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 # A loading process that dies, of too little memory say, is replaced so often in an epoch.
 _MAX_RESTARTS = 3
+# So many epochs without a batch make an error of what may be chance.
+_EMPTY_EPOCHS = 3
 # How long a loading process outlives SIGTERM, in seconds: its trainer finishes a step meanwhile.
 _WORKER_GRACE = 120
 
@@ -183,21 +185,30 @@ class RowLoader(_ResumableLoader):
 
 
 class SnapshotLoader(_ResumableLoader):
-    """Batches of anything else. Its state is one process's own: where each of its workers is."""
+    """Batches of anything else. Its state is one process's own: where each of its workers is.
 
-    def __init__(self, *args: Any, **options: Any):
+    Args:
+        too_few: says what is wrong where an epoch has no batch at all; None: nothing is.
+        args, options: of torch's `DataLoader`.
+    """
+
+    def __init__(self, *args: Any, too_few: Callable[[], str] | None = None, **options: Any):
         super().__init__(*args, **options)
+        self._too_few = too_few
         self._states: deque[dict[str, Any]] = deque(maxlen=2)
-        self._is_resumed = False
 
     def __iter__(self) -> Iterator[Any]:
-        was_resumed, self._is_resumed = self._is_resumed, False
-        is_empty = True
-        for batch in super().__iter__():
-            is_empty = False
-            yield batch
-        if was_resumed and is_empty:  # it had stopped at the end of an epoch
-            yield from super().__iter__()
+        # One that is resumed may have stopped at the end of an epoch; and files are shared out
+        # anew for each, so that there may be no whole batch in one and some in another.
+        for _ in range(_EMPTY_EPOCHS):
+            is_empty = True
+            for batch in super().__iter__():
+                is_empty = False
+                yield batch
+            if not is_empty:
+                return
+        if self._too_few is not None:
+            raise ValueError(self._too_few())
 
     def state_dict(self, *, unused: int = 0) -> dict[str, Any]:
         """As that of `RowLoader`; `unused` may be 1 at most."""
@@ -206,7 +217,6 @@ class SnapshotLoader(_ResumableLoader):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._states.append(state_dict)
-        self._is_resumed = True
 
     def _given_out(self, batch: Any) -> None:
         if batch is not None:

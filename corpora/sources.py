@@ -94,9 +94,19 @@ def describe(request: Request) -> dict[str, Any]:
     return identity | {"python": platform.python_version()}
 
 
-def in_batches(documents: Documents, request: Request, size: int) -> Iterator[list[str]]:
-    """Yields the texts in batches of `size`; none at all, or one that is no text: ValueError."""
-    where, count = f"data.text_column={request.text_column!r}, document", 0
+def in_batches(
+    documents: Documents, request: Request, size: int, *, first: int = 0
+) -> Iterator[list[str]]:
+    """Yields the texts in batches of `size`, without the `first` so many batches.
+
+    Raises:
+        ValueError: there is no document at all, or one that is no text.
+    """
+    where, count = f"data.text_column={request.text_column!r}, document", first * size
+    if first:
+        if isinstance(documents, datasets.Dataset) and first * size >= len(documents):
+            return  # `skip` refuses to leave out all there is
+        documents = documents.skip(first * size)
     for batch in documents.iter(batch_size=size):
         texts = batch[request.text_column]
         yield [checked_text(text, f"{where} {count + i}") for i, text in enumerate(texts, start=1)]

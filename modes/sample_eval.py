@@ -35,10 +35,11 @@ from sampling.options import SamplingOptions, suit_vocabulary
 from sampling.prompts import CanvasRow, stack
 from sampling.trace import Trace
 from training.manifest import config_hash
-from training.progress import duration, in_batch_job
 from utils import (
     absolute_path,
+    duration,
     get_logger,
+    in_batch_job,
     keep_freed_memory_for_sampling,
     process_rank,
     resolve_device,

@@ -190,8 +190,73 @@ def test_stream_resumed_at_its_end_goes_on(local_config, tmp_path: Path):
     assert len(rows(resumed)) > 500
 
 
+def small_stream(config: Callable[..., DictConfig], folder: Path, *lines: int) -> DictConfig:
+    """Files of so many lines, each of which is a row of its own; a batch is four."""
+    (folder / "small").mkdir()
+    for file, num_lines in enumerate(lines):
+        text = "".join(f"{file} {i}\n" for i in range(num_lines))
+        (folder / f"small/{file}.txt").write_text(text)
+    return config(
+        "data.streaming=true",
+        f"data.train_path={folder}/small",
+        "data.wrap=false",
+        "loader.batch_size=4",
+    )
+
+
+@pytest.mark.parametrize(
+    ("lines", "num_workers", "message"),
+    [
+        ((3,), 0, "loader.batch_size=4 needs at least 4 rows on 1 rank.* has 3 rows"),
+        ((1,), 0, "has 1 rows"),
+        ((0,), 0, "has 0 rows"),
+        ((0,), 2, "has 0 rows"),
+        ((3,), 1, "has 3 rows"),
+        # enough together, but each process drops its incomplete batch
+        ((3, 3), 2, "at least 4 rows in one of loader.num_workers=2 .* has 6 rows"),
+    ],
+)
+def test_stream_without_a_batch(local_config, tmp_path: Path, lines, num_workers: int, message):
+    """There were epochs without a batch for ever, at full load and without a message."""
+    config = small_stream(local_config, tmp_path, *lines)
+    config.loader.num_workers = num_workers
+    train, _ = loaders(config, skip_valid=True)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            next(iter(train))
+
+
+@pytest.mark.parametrize("lines", [(7,), (3, 3), (0, 0)])
+def test_stream_without_a_batch_for_each_rank(local_config, tmp_path: Path, lines):
+    """A few rows filled batch after batch, or some ranks ended and the others waited."""
+    config = small_stream(local_config, tmp_path, *lines)
+    for rank in range(2):
+        message = f"needs at least 8 rows on 2 rank.* has {sum(lines)} rows"
+        with pytest.raises(ValueError, match=message):
+            loaders(config, skip_valid=True, rank=rank, world_size=2)
+
+
+@pytest.mark.parametrize("lines", [(9, 0), (0, 9), (9, 3), (3, 9), (9,)])
+def test_stream_goes_on_while_one_process_has_batches(local_config, tmp_path: Path, lines):
+    """The error came where the first loading process had no row."""
+    config = small_stream(local_config, tmp_path, *lines)
+    config.loader.num_workers = 2
+    train, _ = loaders(config, skip_valid=True)
+    for _ in range(2):
+        found = rows(train)
+        assert len(found) == len(set(found)) == 8
+
+
+def test_a_share_that_is_empty_in_one_epoch_goes_on_with_the_next(local_config, tmp_path: Path):
+    """Its rank ended there, and the others waited for it."""
+    config = small_stream(local_config, tmp_path, 9, 0, 9, 0)
+    for rank in range(2):
+        train, _ = loaders(config, skip_valid=True, rank=rank, world_size=2)
+        assert len(rows(train, 20)) == 80
+
+
 def test_stream_too_short_for_a_row(local_config, tmp_path: Path):
     (tmp_path / "train.txt").write_text("tiny")
     train, _ = loaders(local_config("data.streaming=true"), skip_valid=True)
-    with pytest.raises(ValueError, match="data.streaming=true: .* do not fill one row"):
+    with pytest.raises(ValueError, match="loader.batch_size=2 needs .* has 0 rows"):
         next(iter(train))

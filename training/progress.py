@@ -1,9 +1,7 @@
 """How far a run is: a bar in a terminal, lines in the log of a batch job."""
 
-import itertools
 import logging
 import math
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -15,7 +13,7 @@ from lightning.pytorch.callbacks import RichProgressBar, Timer
 from torch import Tensor
 
 from training.throughput import Pace
-from utils import get_logger
+from utils import duration, get_logger, in_batch_job
 
 logger = get_logger(__name__)
 
@@ -26,11 +24,6 @@ LONGEST_SILENCE = 300
 def progress_callback() -> L.Callback:
     """What shows how far a run is: lines in a batch job, or else the bar."""
     return PlainProgress() if in_batch_job() else ProgressBar()
-
-
-def in_batch_job() -> bool:
-    """Whether standard error is no terminal: whoever looks at the run reads its log."""
-    return not sys.stderr.isatty()
 
 
 class ProgressBar(RichProgressBar):
@@ -171,16 +164,6 @@ class PlainProgress(LightningProgressBar):
                 duration(time.perf_counter() - self._validation_began),
                 trainer.callback_metrics["val/nll"],
             )
-
-
-def duration(seconds: float) -> str:
-    """In the two largest units: `3 d 4 h`, `12 h 31 min`, `5 min 2 s`; `7.3 s` below a minute."""
-    whole = round(seconds)
-    units = (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1))
-    for (unit, size), (next_unit, next_size) in itertools.pairwise(units):
-        if whole >= size:
-            return f"{whole // size} {unit} {whole % size // next_size} {next_unit}"
-    return f"{seconds:.1f} s"
 
 
 def _is_long_ago(moment: float) -> bool:

@@ -1,7 +1,12 @@
 """Packing: recorded rows, a slow reference, and independence of the number of processes."""
 
+import concurrent.futures
+import dataclasses
 import hashlib
 import json
+import multiprocessing
+import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -125,18 +130,78 @@ def test_remainder_of_each_thousand_documents_is_dropped(local_config, tmp_path:
     assert len(train.dataset) == 2 * (3 * 1_000 // 14) + 3 * 500 // 14
 
 
+def some_batches() -> Iterator[list[str]]:
+    for start in range(0, 70, 10):
+        yield [f"document number {i}" for i in range(start, start + 10)]
+
+
 def test_rows_do_not_depend_on_the_number_of_processes(monkeypatch):
     """The original gave each process a slice of the documents, each with remainders of its own:
     the token set, and so the perplexity, depended on the number of CPUs of the machine."""
-    monkeypatch.setattr(packing, "_BATCHES_WORTH_A_POOL", 2)
+    monkeypatch.setattr(packing, "_CHARACTERS_WORTH_A_POOL", 300)
     row_maker = RowMaker(tokenizer=load_tokenizer("bytes"), length=8)
-
-    def batches() -> Iterator[list[str]]:
-        for start in range(0, 70, 10):
-            yield [f"document number {i}" for i in range(start, start + 10)]
-
     alone, together = (
-        [rows.ids.tolist() for rows in map_in_order(row_maker, batches(), num_proc=n)]
+        [rows.ids.tolist() for rows in map_in_order(row_maker, some_batches(), num_proc=n)]
         for n in (1, 2)
     )
     assert alone == together and len(alone) == 7
+
+
+@dataclasses.dataclass(frozen=True)
+class Killing:
+    """A row maker that kills its process."""
+
+    def __call__(self, texts: list[str]) -> None:
+        if multiprocessing.parent_process() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_is_told_in_a_line(monkeypatch):
+    """It was a traceback of BrokenProcessPool."""
+    monkeypatch.setattr(packing, "_CHARACTERS_WORTH_A_POOL", 0)
+    with pytest.raises(OSError, match="data.num_proc=2: one of the processes .* was killed"):
+        list(map_in_order(Killing(), some_batches(), num_proc=2))
+
+
+class FakePool:
+    """Stands in for the processes, and counts the texts that they have been given."""
+
+    def __init__(self, *_: object, **__: object):
+        self.given: list[int] = []
+
+    def submit(self, _, batch: list[str]) -> concurrent.futures.Future:
+        self.given.append(sum(map(len, batch)))
+        future: concurrent.futures.Future = concurrent.futures.Future()
+        future.set_result(len(self.given))
+        return future
+
+    def shutdown(self, **_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("characters", [10, 1_000, 100_000])
+def test_text_in_flight_is_bounded(monkeypatch, characters: int):
+    """32 batches lay in memory before the first was tokenized, whatever their size."""
+    monkeypatch.setattr(packing, "_CHARACTERS_WORTH_A_POOL", 0)
+    monkeypatch.setattr(packing, "_CHARACTERS_IN_FLIGHT", 4_000)
+    pool = FakePool()
+    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", lambda *_, **__: pool)
+    read = 0
+
+    def batches() -> Iterator[list[str]]:
+        nonlocal read
+        for _ in range(50):
+            read += 1
+            yield ["a" * characters]
+
+    for done, _ in enumerate(map_in_order(lambda _: 0, batches(), num_proc=4), start=1):
+        most = {10: 8, 1_000: 4, 100_000: 1}[characters]
+        assert read - done <= most + 1
+    assert done == 50
+
+
+def test_small_data_start_no_process(monkeypatch):
+    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", None)
+    row_maker = RowMaker(tokenizer=load_tokenizer("bytes"), length=8)
+    assert len(list(map_in_order(row_maker, some_batches(), num_proc=64))) == 7
