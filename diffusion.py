@@ -184,7 +184,7 @@ class Diffusion(L.LightningModule):
         optimizer = fused_adamw(
             self.backbone.parameters(),
             lr=optim["lr"],
-            betas=(optim["beta1"], optim["beta2"]),
+            betas=(float(optim["beta1"]), float(optim["beta2"])),  # 0 is read as an integer
             eps=optim["eps"],
             weight_decay=optim["weight_decay"],
         )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from checkpointing.description import PARAMETERIZATIONS
 from configuration.resolvers import devices_per_node
@@ -79,6 +79,8 @@ _NUMBERS: dict[str, tuple[type, str]] = {
     "trainer.limit_train_batches": (float, "(0, inf)"),
     "trainer.limit_val_batches": (float, "[0, inf)"),  # 0 switches validation off
     "trainer.val_check_interval": (float, "(0, inf)"),
+    "data.num_proc": (int, "[1, inf)"),
+    "data.shuffle_buffer": (int, "[0, inf)"),
 }
 
 # Arguments of Lightning's trainer that have no key but can be added (`+trainer.NAME=`), each with
@@ -114,6 +116,34 @@ _FLAGS = (
     "algo.mdlm_loss_scale",
     "model.adaln",
     "checkpointing.resume_from_ckpt",
+    "data.wrap",
+    "data.streaming",
+    "loader.pin_memory",
+)
+
+_TEXTS = (
+    "data.train",
+    "data.valid",
+    "data.tokenizer_name_or_path",
+    "data.cache_dir",
+    "data.document",
+    "checkpointing.save_dir",
+    "eval.checkpoint_path",
+    "sampling.logdir",
+)
+_TEXTS_OR_NULL = (
+    "data.path",
+    "data.train_path",
+    "data.valid_path",
+    "data.revision",
+    "data.text_column",
+    "checkpointing.resume_ckpt_path",
+    "eval.gen_ppl_eval_model_name_or_path",
+    "eval.results_path",
+    "sampling.prompts",
+    "sampling.infill",
+    "sampling.trace",
+    "training.from_pretrained",
 )
 
 def value_of(config: DictConfig, key: str) -> Any:
@@ -179,6 +209,29 @@ def _flags(config: DictConfig) -> Problems:
             yield key, "allowed are true and false"
 
 
+def _texts(config: DictConfig) -> Problems:
+    """A name or a path is a text; Hydra reads 1.5 and true as something else."""
+    for key in _TEXTS + _TEXTS_OR_NULL:
+        value, is_optional = value_of(config, key), key in _TEXTS_OR_NULL
+        if not (isinstance(value, str) and value) and not (is_optional and value is None):
+            yield key, f"allowed {'are null and' if is_optional else 'is'} a text that is not empty"
+
+
+def _places_of_callbacks(config: DictConfig) -> Problems:
+    """Where a callback writes is a text; Lightning's find out late, and say it badly."""
+    for name in config["callbacks"] or ():
+        place = f"callbacks.{name}.dirpath"
+        if not isinstance(OmegaConf.select(config, place), str | None):
+            yield place, "allowed are null and a text"
+
+
+def _clipping(config: DictConfig) -> Problems:
+    """Gradients are clipped to a number, or not."""
+    value = config["trainer"].get("gradient_clip_val")
+    if value is not None and not (is_number(value, float) and lies_in(value, "[0, inf)")):
+        yield "trainer.gradient_clip_val", "allowed are null and a number in [0, inf)"
+
+
 def _compile(config: DictConfig) -> Problems:
     """A switch that may also be left to the device."""
     value = config["training"]["compile"]
@@ -238,6 +291,9 @@ RULES: tuple[Rule, ...] = (
     _devices,
     _numbers,
     _flags,
+    _texts,
+    _places_of_callbacks,
+    _clipping,
     _compile,
     _fractions,
     _trainer_flags,

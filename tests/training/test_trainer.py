@@ -26,7 +26,7 @@ def train(run_main):
 
 
 def files(folder) -> set[str]:
-    return {path.name for path in folder.iterdir()}
+    return {path.name for path in folder.iterdir() if not path.name.startswith(".")}  # a lock
 
 
 def checkpoints(folder) -> set[str]:
