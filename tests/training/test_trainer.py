@@ -150,6 +150,7 @@ def test_limits(train):
         "+trainer.benchmark=true",
         "+trainer.default_root_dir=elsewhere",
         "+trainer.logger=true",
+        "optim.beta1=0",
     ],
 )
 def test_what_always_worked(flags, train):
