@@ -115,6 +115,7 @@ def _train_loader(
         rank=rank,
         world_size=world_size,
         seed=data.seed,
+        repeats=data.repeats_epoch,
     )
     return _loader(RowLoader, data, rows, batch_size, sampler=order, drop_last=True)
 

@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import hydra
 import lightning as L
 import torch
 from omegaconf import DictConfig
@@ -35,6 +34,7 @@ from sampling.generation import TextModel
 from sampling.options import SamplingOptions
 from training.acceleration import checkpoint_layers, compile_layers, is_compiled
 from training.high_loss import HighLoss
+from training.instantiation import instantiated
 from training.optimizer import fused_adamw
 from utils import TRAIN_STREAM, VALIDATION_STREAM, derive_seed
 
@@ -195,7 +195,7 @@ class Diffusion(L.LightningModule):
         optim = self.run_config["optim"]
         return {
             "lr": optim["lr"],
-            "betas": (optim["beta1"], optim["beta2"]),
+            "betas": (float(optim["beta1"]), float(optim["beta2"])),  # 0 is read as an integer
             "eps": optim["eps"],
             "weight_decay": optim["weight_decay"],
         }
@@ -203,7 +203,8 @@ class Diffusion(L.LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW, and the schedule of `lr_scheduler` stepped after every optimizer step."""
         optimizer = fused_adamw(self.backbone.parameters(), **self.optimizer_settings())
-        scheduler = hydra.utils.instantiate(self.run_config["lr_scheduler"], optimizer=optimizer)
+        section = self.run_config["lr_scheduler"]
+        scheduler = instantiated(section, key="lr_scheduler", optimizer=optimizer)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "trainer/lr"},

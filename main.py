@@ -5,7 +5,10 @@ import signal
 import sys
 
 import hydra
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from configuration import ignored_key_warnings, validate
 from configuration.paths import with_absolute_paths
@@ -22,6 +25,11 @@ from utils import get_logger, keep_freed_memory, print_without_fail
 logger = get_logger(__name__)
 register_resolvers()
 
+# What the user can mend: values, files, sizes, and what Lightning and OmegaConf say of keys. All
+# else is an error of the program, whose traceback is wanted.
+USER_ERRORS = (
+    ValueError, OSError, MisconfigurationException, OmegaConfBaseException, torch.OutOfMemoryError,
+)  # fmt: skip
 MODES = {"train": train, "ppl_eval": ppl_eval, "sample_eval": sample_eval}
 
 
@@ -51,11 +59,11 @@ def run(config: DictConfig, *, launch_dir: str) -> None:
 def main(config: DictConfig) -> None:
     try:
         run(config, launch_dir=hydra.utils.get_original_cwd())
-    except (ValueError, OSError) as error:
-        # What the user can mend is said in one line; HYDRA_FULL_ERROR=1 shows the rest.
+    except USER_ERRORS as error:
+        # One line says it; HYDRA_FULL_ERROR=1 shows the rest.
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        logger.error("%s", error)
+        logger.error("%s", one_line(error))
         sys.exit(1)
     except Interrupted as stop:
         logger.warning("%s; the same command goes on from here", stop)
@@ -63,8 +71,21 @@ def main(config: DictConfig) -> None:
     except KeyboardInterrupt:
         logger.warning("Stopped by Ctrl-C; what is written stays")
         sys.exit(128 + signal.SIGINT)
+    except Exception:
+        logger.error("An error of the program, not of what you typed: please report what follows")
+        raise
     finally:
         leave_process_group()
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    if isinstance(error, OmegaConfBaseException) and error.full_key:
+        return f"{error.full_key}: {str(error).splitlines()[0]}"
+    message = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, torch.OutOfMemoryError):
+        message += " A smaller loader.batch_size (auto finds one) or loader.eval_batch_size may fit"
+    return message
 
 
 if __name__ == "__main__":

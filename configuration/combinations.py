@@ -24,6 +24,32 @@ def _evaluation_needs_batches(config: DictConfig) -> Problems:
         yield "trainer.limit_val_batches", "allowed with mode=ppl_eval are positive numbers"
 
 
+def _modes_without_checkpoint(config: DictConfig) -> Problems:
+    """What follows a training needs its checkpoint."""
+    flags = {"fast_dev_run": False, "barebones": False, "enable_checkpointing": True}
+    if "train" not in _modes(config) or _modes(config) == {"train"}:
+        return
+    for name, allowed in flags.items():
+        if bool(config["trainer"].get(name, allowed)) != allowed:
+            yield (
+                f"trainer.{name}",
+                f"allowed with mode={config['mode']} and then={config['then']}, which needs a "
+                f"checkpoint, is {str(allowed).lower()}",
+            )
+
+
+def _bare_trainer(config: DictConfig) -> Problems:
+    """Lightning's barebones logs nothing."""
+    if config["trainer"].get("barebones") and "ppl_eval" in _modes(config):
+        yield "trainer.barebones", "allowed with mode=ppl_eval, whose numbers are logged, is false"
+
+
+def _overfitting(config: DictConfig) -> Problems:
+    """A stream has no epoch that could be repeated."""
+    if config["trainer"].get("overfit_batches") and config["data"]["streaming"]:
+        yield "trainer.overfit_batches", "allowed with data.streaming=true is 0"
+
+
 def _block_divides_length(config: DictConfig) -> Problems:
     """A sequence is a whole number of blocks."""
     length, block_size = config["model"]["length"], config["block_size"]
@@ -244,6 +270,9 @@ def _global_batch(config: DictConfig) -> Problems:
 
 RULES: tuple[Rule, ...] = (
     _evaluation_needs_batches,
+    _modes_without_checkpoint,
+    _bare_trainer,
+    _overfitting,
     _block_divides_length,
     _head_size,
     _algo_combination,

@@ -28,6 +28,7 @@ class DataRequest:
         tokenizer_name_or_path: see `corpora.tokenization`.
         length: tokens of a row (`model.length`).
         seed: of the order of the training rows.
+        repeats_epoch: training has the same rows in every epoch (`trainer.overfit_batches`).
         wrap: pack documents into rows; otherwise each is padded to a row of its own.
         insert_train_eos, insert_train_special, insert_valid_eos, insert_valid_special: None as
             the data set's entry says.
@@ -44,6 +45,7 @@ class DataRequest:
     tokenizer_name_or_path: str
     length: int
     seed: int
+    repeats_epoch: bool
     wrap: bool
     insert_train_eos: bool | None
     insert_train_special: bool | None
@@ -168,6 +170,7 @@ def data_request(config: DictConfig) -> DataRequest:
     elsewhere = {
         "length": config.model.length,
         "seed": config.seed,
+        "repeats_epoch": bool(config.trainer.get("overfit_batches")),
         "cache_dir": absolute_path(config.data.cache_dir),
     }
     names = [field.name for field in dataclasses.fields(DataRequest) if field.name not in elsewhere]

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from checkpointing.description import PARAMETERIZATIONS
 from configuration.resolvers import devices_per_node
+from configuration.training_request import lightning_precision
 
 Problems = Iterator[tuple[str, str]]
 Rule = Callable[[DictConfig], Problems]
@@ -78,7 +79,22 @@ _NUMBERS: dict[str, tuple[type, str]] = {
     "trainer.limit_train_batches": (float, "(0, inf)"),
     "trainer.limit_val_batches": (float, "[0, inf)"),  # 0 switches validation off
     "trainer.val_check_interval": (float, "(0, inf)"),
+    "data.num_proc": (int, "[1, inf)"),
+    "data.shuffle_buffer": (int, "[0, inf)"),
 }
+
+# Arguments of Lightning's trainer that have no key but can be added (`+trainer.NAME=`), each with
+# what is allowed where the trainer would take more or less. All others are as in Lightning.
+_SWITCHES_OF_TRAINER = (
+    "enable_progress_bar", "enable_checkpointing", "enable_model_summary", "barebones", "logger",
+    "detect_anomaly",
+)  # fmt: skip
+_SAID_ELSEWHERE = {
+    "callbacks": "+callbacks.NAME={_target_: ...} adds one",
+    "strategy": "strategy=ddp and the other files of configs/strategy say it",
+    "plugins": "checkpoints are written by a plugin of this code",
+}
+_PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 
 _FLAGS = (
     "sampling.var_length",
@@ -100,6 +116,34 @@ _FLAGS = (
     "algo.mdlm_loss_scale",
     "model.adaln",
     "checkpointing.resume_from_ckpt",
+    "data.wrap",
+    "data.streaming",
+    "loader.pin_memory",
+)
+
+_TEXTS = (
+    "data.train",
+    "data.valid",
+    "data.tokenizer_name_or_path",
+    "data.cache_dir",
+    "data.document",
+    "checkpointing.save_dir",
+    "eval.checkpoint_path",
+    "sampling.logdir",
+)
+_TEXTS_OR_NULL = (
+    "data.path",
+    "data.train_path",
+    "data.valid_path",
+    "data.revision",
+    "data.text_column",
+    "checkpointing.resume_ckpt_path",
+    "eval.gen_ppl_eval_model_name_or_path",
+    "eval.results_path",
+    "sampling.prompts",
+    "sampling.infill",
+    "sampling.trace",
+    "training.from_pretrained",
 )
 
 def value_of(config: DictConfig, key: str) -> Any:
@@ -165,6 +209,29 @@ def _flags(config: DictConfig) -> Problems:
             yield key, "allowed are true and false"
 
 
+def _texts(config: DictConfig) -> Problems:
+    """A name or a path is a text; Hydra reads 1.5 and true as something else."""
+    for key in _TEXTS + _TEXTS_OR_NULL:
+        value, is_optional = value_of(config, key), key in _TEXTS_OR_NULL
+        if not (isinstance(value, str) and value) and not (is_optional and value is None):
+            yield key, f"allowed {'are null and' if is_optional else 'is'} a text that is not empty"
+
+
+def _places_of_callbacks(config: DictConfig) -> Problems:
+    """Where a callback writes is a text; Lightning's find out late, and say it badly."""
+    for name in config["callbacks"] or ():
+        place = f"callbacks.{name}.dirpath"
+        if not isinstance(OmegaConf.select(config, place), str | None):
+            yield place, "allowed are null and a text"
+
+
+def _clipping(config: DictConfig) -> Problems:
+    """Gradients are clipped to a number, or not."""
+    value = config["trainer"].get("gradient_clip_val")
+    if value is not None and not (is_number(value, float) and lies_in(value, "[0, inf)")):
+        yield "trainer.gradient_clip_val", "allowed are null and a number in [0, inf)"
+
+
 def _compile(config: DictConfig) -> Problems:
     """A switch that may also be left to the device."""
     value = config["training"]["compile"]
@@ -178,6 +245,34 @@ def _fractions(config: DictConfig) -> Problems:
         value = config["trainer"][key]
         if type(value) is float and value > 1.0:
             yield f"trainer.{key}", "allowed are an integer (batches) and a float <= 1 (a fraction)"
+
+
+def _trainer_flags(config: DictConfig) -> Problems:
+    """What Lightning's trainer takes beside the keys that there are, and this code can heed."""
+    trainer = config["trainer"]
+    for name in _SWITCHES_OF_TRAINER:
+        if type(trainer.get(name)) not in (bool, type(None)):
+            yield f"trainer.{name}", "allowed are true and false"
+    for name, where in _SAID_ELSEWHERE.items():
+        if trainer.get(name) is not None:
+            yield f"trainer.{name}", f"allowed is null; {where}"
+    if trainer.get("use_distributed_sampler"):
+        yield "trainer.use_distributed_sampler", "allowed is false: each rank loads its own rows"
+    rehearsed = trainer.get("fast_dev_run")
+    if type(rehearsed) not in (bool, type(None)) and (type(rehearsed) is not int or rehearsed < 0):
+        yield "trainer.fast_dev_run", "allowed are true, false and an integer in [0, inf)"
+    repeated = trainer.get("overfit_batches")
+    is_none = repeated is None
+    if not is_none and not (is_number(repeated, float) and lies_in(repeated, "[0, inf)")):
+        yield "trainer.overfit_batches", "allowed is a number in [0, inf)"
+    if type(repeated) is float and repeated > 1.0:
+        yield "trainer.overfit_batches", "allowed are an integer and a float <= 1 (a fraction)"
+
+
+def _precision(config: DictConfig) -> Problems:
+    """The network keeps its weights, and computes in float32 what lower precision would spoil."""
+    if lightning_precision(config["trainer"]["precision"]) not in _PRECISIONS:
+        yield "trainer.precision", f"allowed are {', '.join(_PRECISIONS)}, and short 32, 16, bf16"
 
 
 def _weights_that_may_differ(config: DictConfig) -> Problems:
@@ -196,7 +291,12 @@ RULES: tuple[Rule, ...] = (
     _devices,
     _numbers,
     _flags,
+    _texts,
+    _places_of_callbacks,
+    _clipping,
     _compile,
     _fractions,
+    _trainer_flags,
+    _precision,
     _weights_that_may_differ,
 )

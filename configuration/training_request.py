@@ -25,6 +25,40 @@ class TrainerRequest:
     precision: str
     world_size: int
 
+    # Flags of Lightning's trainer that users add (`+trainer.NAME=`), and what follows from them.
+
+    @property
+    def is_rehearsal(self) -> bool:
+        """`fast_dev_run`: a few batches, of which nothing is kept."""
+        return bool(self.arguments.get("fast_dev_run"))
+
+    @property
+    def is_bare(self) -> bool:
+        """`barebones`: steps alone, to measure them."""
+        return bool(self.arguments.get("barebones"))
+
+    @property
+    def overfit_batches(self) -> int | float:
+        """The number or fraction of batches that all epochs repeat; 0: off."""
+        return self.arguments.get("overfit_batches") or 0
+
+    @property
+    def shows_progress(self) -> bool:
+        """`enable_progress_bar`."""
+        return not self.is_bare and self.arguments.get("enable_progress_bar") is not False
+
+    @property
+    def keeps_checkpoints(self) -> bool:
+        """`enable_checkpointing`."""
+        is_wanted = self.arguments.get("enable_checkpointing") is not False
+        return is_wanted and not self.is_bare and not self.is_rehearsal
+
+    @property
+    def logs(self) -> bool:
+        """`logger`, and neither of the above."""
+        is_wanted = self.arguments.get("logger") is not False
+        return is_wanted and not self.is_bare and not self.is_rehearsal
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoggerRequest:
@@ -53,7 +87,7 @@ class TrainingRequest:
 
     Attributes:
         trainer, loggers: see there.
-        callbacks: as Hydra's `instantiate` takes them.
+        callbacks: by name, as Hydra's `instantiate` takes them.
         ema: decay of the moving average; 0: none.
         save_dir: where checkpoints go.
         rows_per_batch: rows that all processes together take at a time.
@@ -63,7 +97,7 @@ class TrainingRequest:
 
     trainer: TrainerRequest
     loggers: LoggerRequest
-    callbacks: tuple[Mapping[str, Any], ...]
+    callbacks: Mapping[str, Mapping[str, Any]]
     ema: float
     save_dir: str
     rows_per_batch: int
@@ -78,8 +112,11 @@ def plain(config: DictConfig) -> dict[str, Any]:
 
 def trainer_request(config: DictConfig) -> TrainerRequest:
     """The request of a composed configuration."""
+    arguments = plain(config.trainer)
+    if str(arguments["devices"]).strip() == "-1":
+        arguments["devices"] = "auto"  # the same, also where the CPU is the only device
     return TrainerRequest(
-        arguments=plain(config.trainer),
+        arguments=arguments,
         strategy=plain(config.strategy),
         precision=lightning_precision(config.trainer.precision),
         world_size=world_size(config.trainer),
@@ -92,7 +129,7 @@ def training_request(config: DictConfig) -> TrainingRequest:
     return TrainingRequest(
         trainer=trainer,
         loggers=loggers,
-        callbacks=tuple(loggers.run_config["callbacks"].values()),
+        callbacks=loggers.run_config["callbacks"] or {},
         ema=config.training.ema,
         save_dir=config.checkpointing.save_dir,
         rows_per_batch=config.loader.batch_size * trainer.world_size,

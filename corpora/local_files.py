@@ -194,8 +194,8 @@ def _jsonl_texts(file: TextFile, text_column: str) -> Iterator[str]:
 
 def _table_texts(file: TextFile, text_column: str) -> Iterator[str]:
     row = 0
-    for batch in _table_batches(file, text_column):
-        for cell in batch.column(text_column):
+    for column in _table_columns(file, text_column):
+        for cell in column:
             row += 1
             where = f"{file.url}, row {row}: data.text_column={text_column!r}"
             try:
@@ -203,6 +203,19 @@ def _table_texts(file: TextFile, text_column: str) -> Iterator[str]:
             except UnicodeDecodeError as error:  # Arrow does not look at what it is given
                 raise ValueError(f"{where}: not UTF-8: {error}") from error
             yield checked_text(text, where)
+
+
+def _table_columns(file: TextFile, text_column: str) -> Iterator[pa.Array]:
+    """Yields the column of a .parquet or .arrow file, a part of its rows at a time."""
+    for batch in _table_batches(file, text_column):
+        column = batch.column(text_column)
+        # Arrow believes where a file says that texts begin and end, and may end the process there.
+        as_bytes = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
+        try:
+            column.view(as_bytes.get(column.type, column.type)).validate(full=True)
+        except pa.ArrowException as error:
+            raise ValueError(f"{file.url} is no readable {file.format} file: {error}") from error
+        yield column
 
 
 def _table_batches(file: TextFile, text_column: str) -> Iterator[pa.RecordBatch]:

@@ -41,6 +41,7 @@ class RowOrder(torch.utils.data.Sampler[int]):
         rank: this process.
         world_size: number of processes.
         seed: of the shuffling; the epoch is added.
+        repeats: every epoch is the first one again.
 
     Attributes:
         rows_per_batch: rows that all processes together take at a time.
@@ -58,6 +59,7 @@ class RowOrder(torch.utils.data.Sampler[int]):
         rank: int,
         world_size: int,
         seed: int,
+        repeats: bool = False,
     ):
         self.rows_per_batch = batch_size * world_size
         self.epoch = 0
@@ -66,6 +68,7 @@ class RowOrder(torch.utils.data.Sampler[int]):
         self._num_rows = num_rows
         self._slice = slice(rank * batch_size, (rank + 1) * batch_size)
         self._seed = seed
+        self._repeats = repeats
         piece = global_batch_size if num_rows >= global_batch_size else self.rows_per_batch
         self._length = num_rows // piece * piece
 
@@ -82,7 +85,7 @@ class RowOrder(torch.utils.data.Sampler[int]):
 
     def set_epoch(self, epoch: int) -> None:
         """Begin another epoch; the one that is under way goes on."""
-        if epoch != self.epoch:
+        if epoch != self.epoch and not self._repeats:
             self.epoch, self.first_row, self.consumed = epoch, 0, 0
 
 

@@ -241,8 +241,11 @@ def _read_text8(url: str) -> str:
             f"not, in data.path. Cause: {type(error).__name__}: {error}"
         ) from error
     if zipfile.is_zipfile(io.BytesIO(data)):
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            data = archive.read(archive.namelist()[0])
+        try:
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                data = archive.read(archive.namelist()[0])
+        except Exception as error:  # a damaged archive fails in every possible way
+            raise ValueError(f"{url} is no readable zip archive: {error!r}") from error
     data = data.removesuffix(b"\n")
     if other := re.search(rb"[^a-z ]", data):
         raise ValueError(

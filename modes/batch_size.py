@@ -7,6 +7,7 @@ in which everything is masked, where a step takes the most memory. It is then th
 import bisect
 import contextlib
 import copy
+import dataclasses
 import gc
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,6 +28,9 @@ from training.trainer import bare_trainer
 USABLE_OF_GPU = 0.92
 # Of the memory that a computer has left: others run there too.
 USABLE_OF_HOST = 0.8
+
+# Of `trainer`, all that a search needs.
+_ARGUMENTS = ("_target_", "accelerator", "devices", "num_nodes")
 
 Fits = Callable[[int], bool]
 Step = Callable[[int], None]
@@ -191,6 +195,9 @@ def find_batch_size(config: DictConfig, tokenizer: PreTrainedTokenizerBase) -> i
     # Compiled steps take less memory, but compiling each size takes long.
     OmegaConf.update(trial, "training.compile", False)
     request = trainer_request(trial)
+    # Others, such as trainer.fast_dev_run or max_epochs, are of the training that follows.
+    arguments = {name: request.arguments[name] for name in _ARGUMENTS}
+    request = dataclasses.replace(request, arguments=arguments)
     sizes = divisors(config.loader.global_batch_size // request.world_size)
     search = BatchSizeSearch(sizes, ema=config.training.ema)
     trainer = bare_trainer(

@@ -9,13 +9,14 @@ from checkpointing.loading import load_weights
 from checkpointing.weights import read_weights
 from configuration import validate
 from configuration.data_request import data_request
-from configuration.training_request import training_request
+from configuration.training_request import trainer_request, training_request
 from dataloader import get_dataloaders
 from diffusion import Diffusion
 from evaluation.report import draw_training_curve
 from modes.batch_size import find_batch_size, with_batch_size
 from modes.resumed_keys import resumed_config
 from modes.starting_weights import check_tokenizer, new_model, tokenizer_of
+from training.loggers import metrics_file
 from training.resume import newest_whole_checkpoint
 from training.run_lock import only_training_in
 from training.signals import StopSignals
@@ -36,7 +37,8 @@ def train(config: DictConfig) -> None:
         ValueError: another training writes into the same directory.
     """
     with StopSignals() as signals, only_training_in(config.checkpointing.save_dir):
-        resume = checkpoint_to_resume(config)
+        is_rehearsal = trainer_request(config).is_rehearsal  # of which no checkpoint remains
+        resume = None if is_rehearsal else checkpoint_to_resume(config)
         source = resume or config.training.from_pretrained
         weights = None if source is None else read_weights(source)
         if resume is not None:
@@ -75,10 +77,11 @@ def train(config: DictConfig) -> None:
             train_loader.shut_down()
             valid_loader.shut_down()
         trainer.strategy.checkpoint_io.raise_if_last_failed()
-        if trainer.is_global_zero:
+        metrics = metrics_file(trainer.loggers)
+        if trainer.is_global_zero and metrics is not None:
             title = f"{config.algo.name} on {data.train}, block size {config.block_size}"
             curve = Path("training_curve.png").absolute()
-            draw_training_curve(Path(trainer.logger.log_dir) / "metrics.csv", curve, title=title)
+            draw_training_curve(metrics, curve, title=title)
             logger.info("Training curve: %s", curve)
 
 

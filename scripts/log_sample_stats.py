@@ -5,6 +5,7 @@ own. Cells are read as numbers and never evaluated: they hold text that a model 
 """
 
 import argparse
+import math
 import statistics
 import sys
 from collections.abc import Sequence
@@ -29,10 +30,11 @@ MEASURED = (
 
 
 def column_statistics(values: Sequence[float]) -> dict[str, float | None]:
-    """Mean, median, standard error of the mean (from two values on), smallest and largest."""
+    """Mean, median, standard error of the mean (from two finite values on), smallest, largest."""
     if not values:
         return dict.fromkeys(("mean", "median", "std. error", "min", "max"))
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+    has_error = len(values) > 1 and all(map(math.isfinite, values))
+    error = statistics.stdev(values) / len(values) ** 0.5 if has_error else None
     return {
         "mean": statistics.fmean(values),
         "median": statistics.median(values),

@@ -133,7 +133,7 @@ def read_samples(path: str, *, settings: dict[str, Any]) -> list[dict[str, Any]]
         other = [name for name in settings if found.get(name) != settings[name]]
         raise ValueError(
             f"argument --output: {path} holds samples of another run, which differs in "
-            f"{', '.join(f'--{name} {found.get(name)}' for name in other)}; give another file"
+            f"{', '.join(f'--{name} {found.get(name)!r}' for name in other)}; give another file"
         )
     return samples
 

@@ -5,6 +5,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf.errors import OmegaConfBaseException
 
 import main
 from tests.helpers.small_run import overrides
@@ -83,14 +86,53 @@ def test_an_error_is_one_line_and_status_1(project, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"run"}
 
 
-def test_ctrl_c_outside_of_a_training_is_one_line(compose, tmp_path, monkeypatch, caplog):
-    """Sampling and evaluation ended in a page of traceback."""
-
-    def stopped(config, *, launch_dir):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(main, "run", stopped)
-    monkeypatch.setattr(main.hydra.utils, "get_original_cwd", lambda: str(tmp_path))
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ValueError("key=1:\n allowed"), "key=1: allowed"),
+        (ValueError(), "ValueError"),
+        (OSError(28, "No space left", "file"), "[Errno 28] No space left: 'file'"),
+        (MisconfigurationException("0.1 * 9 < 1"), "0.1 * 9 < 1"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "A smaller loader.batch_size"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line(error, said, failing_main, caplog):
     with pytest.raises(SystemExit) as caught:
+        failing_main(error)
+    assert caught.value.code == 1
+    (message,) = caplog.messages
+    assert said in message and "\n" not in message
+
+
+def test_a_deleted_key_is_named(run_main, caplog):
+    with pytest.raises(OmegaConfBaseException) as caught:
+        run_main("run", "~trainer.max_steps")
+    assert main.one_line(caught.value) == "trainer.max_steps: Key 'max_steps' is not in struct"
+
+
+def test_an_error_of_the_program_keeps_its_traceback(failing_main, caplog):
+    with pytest.raises(KeyError):
+        failing_main(KeyError("state"))
+    assert "please report" in caplog.text
+
+
+@pytest.fixture
+def failing_main(compose, tmp_path, monkeypatch):
+    """Runs the command's function, in which an error comes up: `failing_main(ValueError())`."""
+
+    def call(error: BaseException) -> None:
+        def fail(config, *, launch_dir):
+            raise error
+
+        monkeypatch.setattr(main, "run", fail)
+        monkeypatch.setattr(main.hydra.utils, "get_original_cwd", lambda: str(tmp_path))
         main.main.__wrapped__(compose(overrides(tmp_path)))
+
+    return call
+
+
+def test_ctrl_c_outside_of_a_training_is_one_line(failing_main, caplog):
+    """Sampling and evaluation ended in a page of traceback."""
+    with pytest.raises(SystemExit) as caught:
+        failing_main(KeyboardInterrupt())
     assert caught.value.code == 130 and "what is written stays" in caplog.text

@@ -2,6 +2,8 @@
 
 import os
 import uuid
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -30,6 +32,12 @@ def build_loggers(request: LoggerRequest) -> list[Logger]:
         # A run that goes on writes beside its earlier events, and TensorBoard joins them.
         loggers.append(TensorBoardLogger(request.save_dir, name="tensorboard", version=""))
     return loggers
+
+
+def metrics_file(loggers: Sequence[Logger]) -> Path | None:
+    """The CSV file of a training's numbers; None where a flag of the trainer wants none."""
+    found = (Path(each.log_dir) / "metrics.csv" for each in loggers if isinstance(each, CSVLogger))
+    return next(found, None)
 
 
 def _wandb_logger(arguments: dict) -> WandbLogger:

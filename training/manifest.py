@@ -19,7 +19,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from corpora.row_datasets import PackedRows
-from utils import file_exists, json_text, write_text
+from utils import file_exists, get_logger, json_text, write_text
+
+logger = get_logger(__name__)
 
 _PACKAGES = (
     "torch",
@@ -87,8 +89,14 @@ class RunManifest(L.Callback):
     def _history(self) -> list[dict[str, Any]]:
         if not file_exists(self.path):
             return []
-        with fsspec.open(self.path, "r", encoding="utf-8") as file:
-            return json.load(file)["history"]
+        with fsspec.open(self.path, "rb") as file:
+            content = file.read()
+        try:
+            return list(json.loads(content)["history"])
+        except (ValueError, TypeError, LookupError, RecursionError) as error:
+            # What a training leaves for people to read must not keep it from going on.
+            logger.warning("%s is damaged (%s); its history begins anew", self.path, error)
+            return []
 
 
 def config_hash(run_config: Mapping[str, Any]) -> str:

@@ -189,7 +189,7 @@ def quiet_known_noise() -> None:
     """Silence what Lightning and its libraries say in every run and nobody can act on.
 
     Of Lightning's lines those of its callbacks stay: they say what was saved, and why a training
-    ended early.
+    ended early. So do those of `trainer.profiler`.
     """
     for message in (
         "`isinstance\\(treespec",
@@ -203,7 +203,8 @@ def quiet_known_noise() -> None:
         spokesman = logging.getLogger(f"{package}.utilities.rank_zero")
         spokesman.setLevel(logging.INFO)
         spokesman.addFilter(_is_worth_reading)
-    logging.getLogger("lightning.pytorch.callbacks").setLevel(logging.INFO)
+    for part in ("callbacks", "profilers"):
+        logging.getLogger(f"lightning.pytorch.{part}").setLevel(logging.INFO)
 
 
 def _is_worth_reading(record: logging.LogRecord) -> bool:

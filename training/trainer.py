@@ -4,13 +4,14 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import hydra
 import lightning as L
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
 from checkpointing.checkpoint_io import AtomicCheckpointIO
 from configuration.training_request import TrainerRequest, TrainingRequest
 from training.callbacks import EMACallback, LastCheckpoint
+from training.instantiation import instantiated
 from training.loggers import build_loggers
 from training.manifest import RunManifest
 from training.nan_guard import NanGuard
@@ -28,12 +29,13 @@ def bare_trainer(request: TrainerRequest, **settings: Any) -> L.Trainer:
         settings: further arguments of Lightning's trainer, which go before those of `trainer`.
     """
     is_parallel = request.world_size > 1
-    return hydra.utils.instantiate(
-        request.arguments,
-        default_root_dir=os.getcwd(),
-        enable_model_summary=False,
+    quiet = {} if request.is_bare else {"enable_model_summary": False}
+    arguments = {"default_root_dir": os.getcwd(), **quiet, **request.arguments}
+    return instantiated(
+        arguments,
+        key="trainer",
         precision=request.precision,
-        strategy=hydra.utils.instantiate(request.strategy) if is_parallel else "auto",
+        strategy=instantiated(request.strategy, key="strategy") if is_parallel else "auto",
         use_distributed_sampler=False,  # the data loaders know their rank
         **settings,
     )
@@ -55,13 +57,33 @@ def build_trainer(
     interval = request.arguments["val_check_interval"]
     # An integer interval counts batches across epochs, a float is a fraction of each epoch.
     every_epoch = None if isinstance(interval, int) else 1
+    progress = [progress_callback()] if request.shows_progress else []
     return bare_trainer(
         request,
         check_val_every_n_epoch=request.arguments["check_val_every_n_epoch"] or every_epoch,
-        callbacks=[progress_callback(), *callbacks],
-        logger=list(loggers),
+        callbacks=[*progress, *callbacks],
+        logger=list(loggers) or False,
         plugins=[AtomicCheckpointIO()],
+        **_settings_of_flags(request),
     )
+
+
+def _settings_of_flags(request: TrainerRequest) -> dict[str, Any]:
+    """What Lightning is told instead of what was typed, which means the same there."""
+    settings: dict[str, Any] = {}
+    if request.is_bare:  # Lightning refuses them beside it, and the configuration has numbers
+        settings |= {"log_every_n_steps": None, "num_sanity_val_steps": None}
+    elif not request.keeps_checkpoints:
+        # `StopOnSignal` is a `Checkpoint` too, and Lightning would refuse it.
+        settings |= {"enable_checkpointing": None}
+    if request.overfit_batches:
+        # Lightning would put a sampler of its own into the loader, the same rows on every rank.
+        # Which rows an epoch has is the loader's business, see `RowOrder`.
+        settings |= dict.fromkeys(
+            ("limit_train_batches", "limit_val_batches"), request.overfit_batches
+        )
+        settings |= {"overfit_batches": 0}
+    return settings
 
 
 def training_trainer(request: TrainingRequest, *, signals: StopSignals) -> L.Trainer:
@@ -71,19 +93,32 @@ def training_trainer(request: TrainingRequest, *, signals: StopSignals) -> L.Tra
         request: what the training asks for.
         signals: what ends it.
     """
+    loggers = build_loggers(request.loggers) if request.trainer.logs else []
     return build_trainer(
         request.trainer,
         callbacks=_training_callbacks(request, signals),
-        loggers=build_loggers(request.loggers),
+        loggers=loggers,
     )
 
 
 def _training_callbacks(request: TrainingRequest, signals: StopSignals) -> list[L.Callback]:
-    callbacks = [hydra.utils.instantiate(callback) for callback in request.callbacks]
-    if request.ema > 0:
-        callbacks.append(EMACallback(request.ema))
-    manifest = RunManifest(f"{request.save_dir}/manifest.json", request.run_config)
-    callbacks += [NanGuard(request.save_dir), Throughput(), manifest]
+    average = [EMACallback(request.ema)] if request.ema > 0 else []
+    if request.trainer.is_bare:  # nothing but what belongs to a step
+        return average
+    callbacks = [
+        instantiated(callback, key=f"callbacks.{name}")
+        for name, callback in request.callbacks.items()
+    ]
+    unwanted: tuple[type[L.Callback], ...] = ()
+    if not request.trainer.keeps_checkpoints:
+        unwanted += (ModelCheckpoint,)
+    if not request.trainer.logs:  # it refuses to be without a logger
+        unwanted += (LearningRateMonitor,)
+    callbacks = [callback for callback in callbacks if not isinstance(callback, unwanted)]
+    callbacks += average
+    callbacks += [NanGuard(request.save_dir), Throughput()]
+    if not request.trainer.is_rehearsal:
+        callbacks.append(RunManifest(f"{request.save_dir}/manifest.json", request.run_config))
     # The last one: a validation that was due is made up for when all others have begun.
     last = LastCheckpoint()
     is_stream = request.run_config["data"]["streaming"]

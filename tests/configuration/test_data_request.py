@@ -15,7 +15,8 @@ def test_every_key_is_in_the_request(name, compose):
     # The share of a device follows from it, which is what loaders take.
     keys = {*config.data.keys(), *config.loader.keys()} - {"eval_global_batch_size"}
     assert keys <= fields
-    assert fields - keys - {"length", "seed"} <= {f for f in fields if f.startswith("insert_")}
+    elsewhere = {"length", "seed", "repeats_epoch"}
+    assert fields - keys - elsewhere <= {f for f in fields if f.startswith("insert_")}
     request = data_request(config)
     with pytest.raises(dataclasses.FrozenInstanceError):
         request.wrap = False

@@ -71,6 +71,18 @@ REFUSED = [
     (["sampling.kv_cache=1"], "sampling.kv_cache=1: allowed are true and false"),
     (["sampling.compile=true"], "sampling.compile=True: allowed with sampling.kv_cache=false"),
     (["training.resample=maybe"], "training.resample=maybe: allowed are true and false"),
+    (["data.wrap=[1]"], "data.wrap=[1]: allowed are true and false"),
+    # texts, which Hydra may have read as something else
+    (["data.cache_dir=1.5"], "data.cache_dir=1.5: allowed is a text that is not empty"),
+    (["data.tokenizer_name_or_path=-1"], "data.tokenizer_name_or_path=-1: allowed is a text"),
+    (["sampling.infill=-1"], "sampling.infill=-1: allowed are null and a text"),
+    (["training.from_pretrained=''"], "training.from_pretrained=: allowed are null and a text"),
+    (
+        ["callbacks.checkpoint_monitor.dirpath=[]"],
+        "callbacks.checkpoint_monitor.dirpath=[]: allowed are null and a text",
+    ),
+    (["trainer.gradient_clip_val=much"], "trainer.gradient_clip_val=much: allowed are null and"),
+    (["data.num_proc=0"], "data.num_proc=0: allowed is an integer in [1, inf)"),
     # sizes
     (
         ["block_size=48"],

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import struct
 from pathlib import Path
 
 import datasets
@@ -210,3 +211,19 @@ def test_names_of_other_splits_only(tmp_path: Path):
     (tmp_path / "train.txt").touch()
     with pytest.raises(ValueError, match="data.path: no file is named as the test split"):
         files_of_split(find_files(str(tmp_path), key="data.path"), "test", key="data.path")
+
+
+def test_arrow_offsets_that_lie(tmp_path: Path):
+    """Arrow believed them, and ended the whole process."""
+    table = pa.table({"text": ["one", "two", "three"]})
+    buffer = io.BytesIO()
+    with pa.ipc.new_stream(buffer, table.schema) as writer:
+        writer.write_table(table)
+    content = buffer.getvalue()
+    offsets = struct.pack("<4i", 0, 3, 6, 11)
+    assert content.count(offsets) == 1
+    (tmp_path / "a.arrow").write_bytes(
+        content.replace(offsets, struct.pack("<4i", 0, 3, -900_000, 11))
+    )
+    with pytest.raises(ValueError, match="a.arrow is no readable arrow file"):
+        texts(tmp_path / "a.arrow")

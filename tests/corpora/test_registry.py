@@ -140,6 +140,24 @@ def test_no_network_names_the_file_and_the_way_out(
     assert all(path.suffix == ".lock" for path in left)
 
 
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda content: content[:40] + bytes(8) + content[48:],
+        lambda content: content[:10] + content[12:],
+        lambda content: content.replace(b"PK\x01\x02", b"PK\x01\x03"),
+    ],
+)
+def test_text8_in_a_damaged_archive(spoil, data_config, tmp_path):
+    """Each was a traceback, of zipfile or zlib."""
+    path = tmp_path / "text8.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("text8", "the quick brown fox " * 500)
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(ValueError, match="text8.zip is no readable zip archive"):
+        valid_text(data_config("data=text8", f"data.path={path}"))
+
+
 def test_text8_without_network(data_config: Callable[..., DictConfig], monkeypatch):
     closed_port = dataclasses.replace(DATASETS["text8"], url="http://127.0.0.1:1/text8.zip")
     monkeypatch.setitem(DATASETS, "text8", closed_port)

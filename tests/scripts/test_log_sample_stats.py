@@ -43,6 +43,12 @@ def test_statistics():
     assert set(column_statistics([]).values()) == {None}
 
 
+def test_an_infinite_value_has_no_error():
+    """A perplexity of 1e999 in a file ended in a traceback of `statistics`."""
+    found = column_statistics([1.0, 2.0, float("inf")])
+    assert found["std. error"] is None and found["max"] == float("inf")
+
+
 @pytest.mark.parametrize("name", ["", "samples.csv", "samples.jsonl"])
 def test_table(logdir, capsys, name):
     """Directory, CSV and JSON lines give the same numbers; a directory counts no sample twice."""

@@ -81,3 +81,12 @@ def test_a_stream_has_no_hash():
     assert manifest.describe_rows(loader) == {"rows": 2, "sha256": "ab"}
     assert manifest.describe_rows(torch.utils.data.DataLoader([1])) is None
     assert manifest.describe_rows(None) is None
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"history": 1}', '{"history"', "\udcff"])
+def test_a_damaged_manifest_stops_no_training(content, tmp_path, caplog):
+    """It is for people to read, and kept a training that went on from beginning."""
+    path = tmp_path / "manifest.json"
+    path.write_text(content, errors="surrogateescape")
+    assert manifest.RunManifest(str(path), {})._history() == []
+    assert "manifest.json is damaged" in caplog.text
