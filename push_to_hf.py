@@ -129,7 +129,8 @@ def write_directory(directory: Path, args: argparse.Namespace) -> None:
         origin = "those of the last step" if args.raw else "the moving average of training"
     model.save_pretrained(directory)
     # BERT's tokenizer would also make token_type_ids, which this model has no use for.
-    tokenizer.init_kwargs["model_input_names"] = ["input_ids", "attention_mask"]
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names
     tokenizer.save_pretrained(directory)
     write_tokenizer_record(directory, weights.tokenizer)
     dataset = DATASETS.get(OmegaConf.select(run, "data.train") or "")

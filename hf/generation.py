@@ -69,9 +69,15 @@ class SamplerGenerationMixin(GenerationMixin):
         if input_ids is None:
             input_ids = torch.full((num_samples, 1), config.bos_token_id)
             attention_mask = None
+        for name, value in (
+            ("num_samples", num_samples),
+            ("num_return_sequences", form["num_return_sequences"]),
+        ):
+            if value is not None and value < 1:
+                raise ValueError(f"generate({name}={value}): allowed are integers from 1")
         prompts = read_prompts(
-            input_ids.to(self.device),
-            None if attention_mask is None else attention_mask.to(self.device),
+            torch.as_tensor(input_ids, device=self.device),
+            None if attention_mask is None else torch.as_tensor(attention_mask, device=self.device),
             config=config,
             copies=form["num_return_sequences"] or 1,
         )

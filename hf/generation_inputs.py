@@ -34,14 +34,21 @@ def read_prompts(
         copies: of each prompt, one after the other.
 
     Raises:
-        ValueError: a mask of another shape, or with padding between tokens.
+        ValueError: ids that are none, a mask of another shape, or with padding between tokens.
     """
+    if prompts.ndim != 2:
+        raise ValueError(f"input_ids of shape {tuple(prompts.shape)}: allowed is (B, P)")
     prompts = prompts.long()
-    given = torch.ones_like(prompts) if attention_mask is None else attention_mask.long()
-    if given.shape != prompts.shape or prompts.ndim != 2:
+    if prompts.numel() and not 0 <= prompts.min() <= prompts.max() < config.vocab_size:
         raise ValueError(
-            f"attention_mask of shape {tuple(given.shape)}: allowed is that of input_ids, (B, P), "
-            f"here {tuple(prompts.shape)}"
+            f"input_ids: ids from {int(prompts.min())} to {int(prompts.max())}, allowed are 0 to "
+            f"{config.vocab_size - 1}"
+        )
+    given = torch.ones_like(prompts) if attention_mask is None else attention_mask.long()
+    if given.shape != prompts.shape:
+        raise ValueError(
+            f"attention_mask of shape {tuple(given.shape)}: allowed is that of input_ids, "
+            f"{tuple(prompts.shape)}"
         )
     prompts, given = (x.repeat_interleave(copies, dim=0) for x in (prompts, given))
     begins = torch.nn.functional.pad(given, (1, 0)).diff(dim=1) > 0

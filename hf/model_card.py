@@ -52,8 +52,8 @@ print(tokenizer.batch_decode(tokens))
 print(model(tokens, labels=tokens, seed=0).loss)  # {loss}
 ```
 
-`generate` goes on from prompts too (`input_ids`, `max_new_tokens`), and fills in what is \
-`model.config.mask_index` in them.
+`generate` goes on from prompts too (`input_ids`, `max_new_tokens`; tokenized with \
+`add_special_tokens=False`), and fills in what is `model.config.mask_index` in them.
 
 ## Evaluation
 

@@ -179,6 +179,11 @@ class BD3LM(LayerAccess, SamplerGenerationMixin, PreTrainedModel):
                     f"forward({name}=...): this model has none; allowed are input_ids, timesteps, "
                     "sample_mode, attention_mask, labels, seed, output_hidden_states, return_dict"
                 )
+        if input_ids.ndim != 2 or not input_ids.numel() or input_ids.is_floating_point():
+            raise ValueError(
+                f"input_ids of shape {tuple(input_ids.shape)} and {input_ids.dtype}: allowed are "
+                "ids (B, T), at least one"
+            )
         if sample_mode is None:
             sample_mode = labels is not None
         if output_hidden_states is None:

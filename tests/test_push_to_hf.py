@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import string
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ import yaml
 from huggingface_hub.errors import LocalTokenNotFoundError
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BertTokenizer
 
 import push_to_hf
 from checkpointing.convert import convert
@@ -68,6 +69,33 @@ def refusal(capsys, *arguments: object) -> str:
         push(*arguments)
     assert isinstance(ended.value.code, str), "a message, which Python prints, and exit status 1"
     return ended.value.code
+
+
+def test_tokenizer_of_bert_makes_what_the_model_takes(checkpoint, tmp_path):
+    """`generate(**tokenizer(text))` ended in an error over token_type_ids."""
+    path, _ = checkpoint("bd3lm")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *string.ascii_lowercase, *"0123"]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    BertTokenizer(vocab=vocabulary).save_pretrained(tmp_path / "bert")
+    push(path, "me/mine", "--dry-run", tmp_path / "out", "--tokenizer", tmp_path / "bert")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    inputs = tokenizer(["a b c", "d"], return_tensors="pt", padding=True)
+    assert set(inputs) == {"input_ids", "attention_mask"}
+    model = BD3LM.from_pretrained(tmp_path / "out")
+    assert model.generate(**inputs, max_new_tokens=3).shape == (2, 8)
+    inputs["token_type_ids"] = 0 * inputs["input_ids"]  # of another copy of the tokenizer
+    assert model(**inputs, sample_mode=True).logits.shape == (2, 5, 35)
+
+
+def test_export_of_an_earlier_version_is_replaced(checkpoint, tmp_path):
+    """Its config.json names fewer Auto classes."""
+    path, _ = checkpoint("ar")
+    push(path, "me/mine", "--dry-run", tmp_path / "out")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    del config["auto_map"]["AutoModel"], config["auto_map"]["AutoModelForCausalLM"]
+    (tmp_path / "out/config.json").write_text(json.dumps(config))
+    push(path, "me/mine", "--dry-run", tmp_path / "out")
+    assert "AutoModelForCausalLM" in (tmp_path / "out/config.json").read_text()
 
 
 @pytest.mark.parametrize("algo", ALGOS)

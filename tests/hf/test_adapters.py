@@ -39,9 +39,10 @@ def loss(model) -> float:
 @pytest.mark.parametrize(
     "options",
     [
-        *({"target_modules": [name]} for name in EVERYWHERE),
+        {"target_modules": ["mlp.2"]},
+        {"target_modules": ["linear"]},
+        {"target_modules": ["attn_qkv", "attn_out"]},
         {"target_modules": EVERYWHERE, "use_dora": True},
-        {"target_modules": ["attn_out"], "modules_to_save": ["vocab_embed", "norm_final"]},
         {"target_modules": ["mlp.0"], "modules_to_save": ["linear", "norm1"]},
         {"target_modules": ["attn_qkv"], "modules_to_save": ["mlp", "vocab_embed"]},
     ],
@@ -78,7 +79,7 @@ def test_fine_tuning_with_transformers_trainer(checkpointing, tmp_path):
         before = loss(model.eval())
     rows = [{"input_ids": row, "labels": row, "attention_mask": row * 0 + 1} for row in IDS]
     arguments = TrainingArguments(
-        output_dir=str(tmp_path), max_steps=20, per_device_train_batch_size=8, learning_rate=2e-2,
+        output_dir=str(tmp_path), max_steps=10, per_device_train_batch_size=8, learning_rate=2e-2,
         gradient_accumulation_steps=2, use_cpu=True, report_to=[], save_strategy="no",
         logging_steps=1, disable_tqdm=True, gradient_checkpointing=checkpointing,
     )  # fmt: skip
@@ -102,10 +103,7 @@ def test_fine_tuning_with_transformers_trainer(checkpointing, tmp_path):
 def test_prompt_tuning_ends_with_a_line():
     """It gives embeddings instead of tokens, and the samplers know tokens."""
     options = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-    try:
-        model = peft.get_peft_model(trained(), options)
-    except ValueError:
-        return
+    model = peft.get_peft_model(trained(), options)
     for call in (lambda: loss(model), lambda: model.generate(input_ids=IDS[:, :3])):
         with pytest.raises(ValueError, match="inputs_embeds|prompt tuning"):
             call()

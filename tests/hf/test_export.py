@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, pipeline
 
 assert not any(importlib.util.find_spec(name) for name in ("models", "sampling", "losses"))
 for folder in sorted(Path(sys.argv[1]).iterdir()):
@@ -59,6 +59,10 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
         ["a dog"], return_tensors="pt"
     )
     assert model.generate(**prompts, max_new_tokens=3, **options).shape == (1, 9)
+    if "AutoModelForCausalLM" in config.auto_map:
+        pipe = pipeline("text-generation", model=str(folder), trust_remote_code=True)
+        text = pipe("a dog", max_new_tokens=3, do_sample=False)[0]["generated_text"]
+        assert text.startswith("a dog"), text
     print(folder.name, "ok")
 from_hub = AutoModelForMaskedLM.from_pretrained("me/mine", trust_remote_code=True)
 assert ".me.mine." in type(from_hub).__module__
@@ -132,6 +136,36 @@ def test_exported_code_is_the_project_s_but_for_its_imports(tmp_path):
         theirs = (tmp_path / export.flat_name(path)).read_text().splitlines()
         changed = [(a, b) for a, b in zip(ours, theirs, strict=True) if a != b]
         assert all(a.startswith("from ") and b.startswith("from .") for a, b in changed)
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_causal"),
+    [({"causal": True}, True), ({}, True), ({"cross_attn": False}, False),
+     ({"parameterization": "sedd"}, False)],
+)  # fmt: skip
+def test_auto_classes(changes, is_causal, tmp_path):
+    """`AutoModelForCausalLM` where a text goes on and on: pipelines look for it."""
+    tiny(**changes).save_pretrained(tmp_path)
+    said = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert {"AutoConfig", "AutoModel", "AutoModelForMaskedLM"} <= set(said)
+    assert ("AutoModelForCausalLM" in said) == is_causal
+
+
+@pytest.mark.parametrize("changes", [{"causal": True}, {}])
+def test_text_generation_pipeline(changes):
+    """It pads prompts on the left, and asks with transformers' names and a generation_config."""
+    sizes = {"vocab_size": 35, "mask_index": 4, "bos_token_id": 2, "eos_token_id": 3}
+    pipe = transformers.pipeline(
+        "text-generation", model=tiny(**(sizes | changes)), tokenizer=load_tokenizer("text8")
+    )
+    found = pipe(["a dog", "a"], batch_size=2, max_new_tokens=6, num_return_sequences=2, top_p=0.9)
+    for prompt, texts in zip(["a dog", "a"], found, strict=True):
+        assert len(texts) == 2
+        assert all(text["generated_text"].startswith(prompt) for text in texts)
+    greedy = [pipe("a", max_new_tokens=6, do_sample=False, seed=seed) for seed in (0, 1)]
+    if changes:  # others draw the order of the positions
+        assert greedy[0] == greedy[1]
+    assert pipe("", max_new_tokens=3)[0]["generated_text"] is not None
 
 
 @pytest.mark.parametrize(

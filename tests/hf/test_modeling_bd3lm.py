@@ -213,6 +213,9 @@ def test_rows_that_do_not_fit():
     model = tiny()
     with pytest.raises(ValueError, match="input_ids has 7 tokens"):
         model(torch.zeros(1, 7, dtype=torch.int64))
+    for nothing in (torch.zeros(1, 0, dtype=torch.int64), torch.zeros(1, 4), torch.zeros(4).long()):
+        with pytest.raises(ValueError, match="input_ids of shape .* at least one"):
+            model(nothing)
     ids = torch.zeros(1, 6, dtype=torch.int64)
     with pytest.raises(ValueError, match="labels: rows of 6 tokens, .* block_size=4"):
         model(ids, labels=ids)
