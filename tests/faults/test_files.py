@@ -119,7 +119,7 @@ def test_a_cache_file_is_corrupt(tmp_path, straight, count):
     changes = ["algo=mdlm", "trainer.max_steps=2"]
     run = Run(tmp_path, *changes)
     run.run("trainer.max_steps=1")
-    (ids,) = (tmp_path / "cache/rows").glob("local_train-*/ids.int32")
+    (ids,) = (tmp_path / "cache/rows").glob("local_train-*/ids.uint16")
     content = ids.read_bytes()
     ids.write_bytes(content[:100] + bytes([content[100] ^ 1]) + content[101:])
     assert "is corrupt" in run.run()
