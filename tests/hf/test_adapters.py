@@ -98,12 +98,3 @@ def test_fine_tuning_with_transformers_trainer(checkpointing, tmp_path):
     tokens = again.generate(**how)
     assert torch.equal(again.merge_and_unload().generate(**how), tokens)
     assert not torch.equal(trained().generate(**how), tokens)
-
-
-def test_prompt_tuning_ends_with_a_line():
-    """It gives embeddings instead of tokens, and the samplers know tokens."""
-    options = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-    model = peft.get_peft_model(trained(), options)
-    for call in (lambda: loss(model), lambda: model.generate(input_ids=IDS[:, :3])):
-        with pytest.raises(ValueError, match="inputs_embeds|prompt tuning"):
-            call()
