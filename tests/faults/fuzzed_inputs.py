@@ -96,8 +96,9 @@ def _folder_files(folder: Path) -> dict[str, bytes]:
 
 _JUNK = ("-1", "0", "null", "abc", "[]", "[1,2]", "{a:1}", "1.5", "true", "1e999", "nan", "''",
          "${nothing}", "???", "/no/such/place", "-0.5")  # fmt: skip
-# A directory of its own, time and network are what these would take.
-_NOT_TRIED = ("hydra", "loader.num_workers", "trainer.num_nodes", "wandb", "data.num_proc")
+# These may take a directory of their own, the network, or time: max_steps=-1 trains for ever.
+_NOT_TRIED = ("hydra", "trainer.max_steps", "loader.num_workers", "trainer.num_nodes", "wandb",
+              "data.num_proc")  # fmt: skip
 
 
 def _configurations(folder: Path, checkpoint: Path) -> dict[str, Kind]:
