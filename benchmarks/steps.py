@@ -70,6 +70,12 @@ class StubTokenizer:
     def __len__(self) -> int:
         return 50_257
 
+    def get_vocab(self) -> dict[str, int]:
+        return {str(i): i for i in range(len(self))}
+
+    def decode(self, ids: list[int]) -> str:
+        return " ".join(map(str, ids))
+
 
 def make_config(job: Job) -> DictConfig:
     """The composed configuration of a job."""

@@ -283,6 +283,8 @@ class _Builder:
             for file in (self._ids, self._lengths):
                 with contextlib.suppress(OSError):  # a full disk, which has been told
                     file.close()
+            if kind is not None and not self.written.batches:
+                shutil.rmtree(self._folder, ignore_errors=True)  # nothing to go on with
 
 
 def _build(
