@@ -41,7 +41,8 @@ def resumed_config(
     found = copy.deepcopy(config)
     for key in (*KEPT_UNLESS_TYPED, *KEPT):
         before, now = lookup(recorded, key), OmegaConf.select(config, key)
-        if before is None or before == now:
+        is_possible = isinstance(before, str if key == "training.from_pretrained" else float | int)
+        if not is_possible or before == now:
             continue
         if key in KEPT:
             # Without a search the range is no part of the checkpoint.

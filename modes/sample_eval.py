@@ -63,15 +63,15 @@ def sample_eval(config: DictConfig) -> str | None:
     """
     rank, _ = process_rank()
     request = sampling_request(config)
+    logdir = absolute_path(request.logdir)
+    make_logdir(logdir)
     weights = read_weights(request.checkpoint)
     tokenizer = tokenizer_of(config, weights)
     mask_index, vocab_size = mask_index_and_vocab_size(tokenizer)
-    # What may fail for a typing error comes before what takes long.
+    # What may fail for a typing error comes before the model is made.
     rows = request.canvas_rows(tokenizer, mask_index=mask_index)
     options = dataclasses.replace(request.options, decode=tokenizer.decode)
     options = suit_vocabulary(options, vocab_size=vocab_size)
-    logdir = absolute_path(request.logdir)
-    make_logdir(logdir)
     device = resolve_device(request.accelerator)
     model = load_model(config, tokenizer, weights).to(device)
     del weights

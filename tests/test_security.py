@@ -27,9 +27,9 @@ FORBIDDEN = re.compile(
 # Hydra calls what `_target_` names. Only the sections of the user's own configuration get there.
 INSTANTIATED = {
     "config.lr_scheduler",  # of benchmarks
-    "request.arguments",  # the section `trainer`
+    "section",  # of `training.instantiation.instantiated`, which is given one of these:
+    "arguments",  # the section `trainer`
     "request.strategy",
-    "self.run_config['lr_scheduler']",
     "callback",  # an entry of the section `callbacks`
 }
 TARGETS = ("lightning.", "torch.", "training.", "transformers.")
@@ -87,7 +87,8 @@ def test_only_the_users_configuration_names_what_is_called(compose):
         ast.unparse(call.args[0])
         for path in SOURCES
         for name, call in calls(path)
-        if name.rpartition(".")[2] in ("instantiate", "get_method", "get_class", "get_object")
+        if name.rpartition(".")[2]
+        in ("instantiate", "instantiated", "get_method", "get_class", "get_object")
     }
     assert found and found <= INSTANTIATED
     for path in PROJECT.rglob("configs/**/*.yaml"):

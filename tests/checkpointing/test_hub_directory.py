@@ -299,5 +299,6 @@ def test_a_download_takes_no_code(monkeypatch, directory):
     assert asked == {
         "repository": "kuleshov-group/mdlm-owt",
         "revision": "abc",
-        "files": ("config.json", "model.safetensors.index.json", "*.safetensors"),
+        "files": ("config.json", "model.safetensors.index.json", "tokenizer_record.json",
+                  "*.safetensors"),
     }

@@ -1,5 +1,6 @@
 """Scoring of samples: equal to a plain reading of the rule, for any scorer and any batch size."""
 
+import dataclasses
 import json
 import math
 
@@ -309,4 +310,5 @@ def test_code_beside_a_model_is_not_run(directory, tmp_path):
 def test_half_an_emoji_is_scored_as_the_replacement_character(gpt2):
     """JSON can spell it, and no tokenizer takes it."""
     half, replaced = gpt2.score(["a\ud83db", "a\ufffdb"], max_length=9, batch_size=2)
-    assert half == replaced
+    # To rounding: rows of a batch are not added up in the same order on every CPU.
+    assert dataclasses.astuple(half) == pytest.approx(dataclasses.astuple(replaced))

@@ -18,8 +18,9 @@ from tests.helpers.small_module import batches
 from tests.helpers.small_run import ALGOS
 from tests.helpers.twins import OPTIONS, tiny, twins
 
-# What somebody else's machine has: fsspec comes with torch, the last two with transformers.
-ALLOWED = {"torch", "transformers", "fsspec", "numpy", "huggingface_hub"}
+# What somebody else's machine has: fsspec and filelock come with torch, the last two with
+# transformers.
+ALLOWED = {"torch", "transformers", "fsspec", "filelock", "numpy", "huggingface_hub"}
 
 # Run by an interpreter that knows nothing of the project; arguments: the folder of the models.
 SCRIPT = """

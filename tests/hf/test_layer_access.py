@@ -49,8 +49,8 @@ def test_grown_vocabulary(mask_index, tmp_path):
     logits = model(ids).logits
     assert torch.equal(logits[..., :20], before)
     torch.testing.assert_close(logits[..., 21], before.mean(-1))
-    new = torch.tensor([[22, 21, 4, 5]])
-    model(new, labels=new).loss.backward()
+    new = torch.tensor([[22, 21, 4, 5]]).repeat(8, 1)
+    model(new, labels=new, seed=0).loss.backward()
     assert layer.weight.grad[22].any()
     assert (model.generate(num_samples=4) != mask_index).all()
     model.save_pretrained(tmp_path)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from checkpointing.weights import Weights
 from hf.model_card import evaluation_table, read_results
 from modes import ppl_eval as ppl_eval_module
 from modes.ppl_eval import ppl_eval
@@ -20,6 +21,7 @@ def test_an_infinite_perplexity_is_null(compose, tmp_path, monkeypatch, capsys):
         global_rank=0, world_size=1, is_global_zero=True, validate=lambda *_, **__: [metrics]
     )
     monkeypatch.setattr(ppl_eval_module, "build_trainer", lambda *_: trainer)
+    monkeypatch.setattr(ppl_eval_module, "read_weights", lambda _: Weights("a.ckpt", {}))
     monkeypatch.setattr(ppl_eval_module, "load_model", lambda *_: None)
     monkeypatch.setattr(ppl_eval_module, "get_dataloaders", lambda *_, **__: (None, None))
     out = f"eval.results_path={tmp_path}/results.json"

@@ -142,6 +142,7 @@ def test_prompts_are_checked_before_the_model_is_loaded(
     def fail(*args, **kwargs):
         raise AssertionError("loaded before the check")
 
+    monkeypatch.setattr(sample_eval_module, "read_weights", lambda _: Weights("a.ckpt", {}))
     monkeypatch.setattr(sample_eval_module, "load_model", fail)
     monkeypatch.setattr(sample_eval_module, "load_scorer", fail)
     (tmp_path / "prompts.txt").write_text(content)
@@ -153,7 +154,7 @@ def test_prompts_are_checked_before_the_model_is_loaded(
 def test_a_file_in_place_of_the_log_is_found_before_the_model_is_loaded(
     compose, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(sample_eval_module, "load_model", None)
+    monkeypatch.setattr(sample_eval_module, "read_weights", None)
     (tmp_path / "log").write_text("")
     settings = ("mode=sample_eval", f"sampling.logdir={tmp_path}/log")
     with pytest.raises(OSError, match="log: cannot be written"):
