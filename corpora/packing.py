@@ -24,6 +24,9 @@ DOCUMENTS_PER_BATCH = 1_000
 _DOCUMENTS_PER_CALL = 32
 # Starting processes takes longer than tokenizing less text than this, some seconds.
 _CHARACTERS_WORTH_A_POOL = 20_000_000
+# The tokenizer's own threads keep so many CPUs busy, and processes would add nothing but their cost
+# (`benchmarks/tokenize.py`).
+_CPUS_OF_ONE_PROCESS = 2
 # Text that has been handed to processes and is not yet rows; a larger batch is there alone.
 _CHARACTERS_IN_FLIGHT = 400_000_000
 
@@ -159,8 +162,9 @@ def map_in_order(
 ) -> Iterator[Rows]:
     """Yields the rows of each batch, in the order of the batches, whatever `num_proc` is.
 
-    More processes than this one start once there is so much text that they are worth it. Only
-    a few batches are in flight, so memory stays bounded however many documents there are.
+    More processes than this one start where there are more CPUs than its threads keep busy, and
+    once there is so much text that they are worth it. Only a few batches are in flight, so memory
+    stays bounded however many documents there are.
 
     Raises:
         ChildProcessError: one of the processes died.
@@ -169,7 +173,7 @@ def map_in_order(
     for batch in batches:
         yield row_maker(batch)
         num_characters += _num_characters(batch)
-        if num_proc > 1 and num_characters >= _CHARACTERS_WORTH_A_POOL:
+        if num_proc > _CPUS_OF_ONE_PROCESS and num_characters >= _CHARACTERS_WORTH_A_POOL:
             break
     else:
         return

@@ -14,7 +14,7 @@ BATCHES = 30
 
 @pytest.mark.slow
 def test_five_kills_while_rows_are_prepared(tmp_path, count):
-    """SIGKILL at random moments, with one process and with two, which do not outlive it."""
+    """SIGKILL at random moments, with one process and with three, which do not outlive it."""
     for name in ("straight", "killed"):
         folder = tmp_path / name
         folder.mkdir()
@@ -25,7 +25,7 @@ def test_five_kills_while_rows_are_prepared(tmp_path, count):
     straight, killed = (Run(tmp_path / name, *changes) for name in ("straight", "killed"))
     straight.run()
     draw, kept = random.Random(8), []
-    for num_proc in (1, 1, 2, 1, 2):
+    for num_proc in (1, 1, 3, 1, 3):
         output = killed.run(f"data.num_proc={num_proc}", expected=-9, preparation=f"""
 from corpora import packing, row_cache
 row_cache._COMMIT_EVERY = 0.1
