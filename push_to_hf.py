@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except HFValidationError as error:
         sys.exit(f"REPO_ID {args.repo_id}: {error}")
     except (ValueError, OSError) as error:
-        sys.exit(str(error))
+        sys.exit(" ".join(str(error).split()))  # whatever a library says
 
 
 def upload(directory: str, args: argparse.Namespace) -> None:

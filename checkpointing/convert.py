@@ -230,7 +230,7 @@ def main(arguments: list[str] | None = None) -> int:
             changes=dict(options.changes),
         )
     except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
+        print(" ".join(str(error).split()), file=sys.stderr)  # whatever a library says
         return 1
     print(report)
     print(f"{options.destination}: written ({to})")
