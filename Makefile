@@ -2,6 +2,8 @@
 # constraints.txt changes.
 PYTHON ?= python3
 FOLDER ?= ../shared/golden
+# Which slow tests: folders, or other arguments of pytest.
+TESTS ?=
 
 VENV := .venv
 VENV_PYTHON := $(VENV)/bin/python
@@ -36,7 +38,7 @@ test: venv  ## the default tests
 	$(VENV_PYTHON) -m pytest
 
 test-slow: venv  ## the tests that take minutes each
-	$(VENV_PYTHON) -m pytest -m "slow and not gpu and not cluster"
+	$(VENV_PYTHON) -m pytest -m "slow and not gpu and not cluster" $(TESTS)
 
 test-gpu: venv  ## the tests that need a GPU
 	$(VENV_PYTHON) -m pytest -m gpu
