@@ -33,6 +33,8 @@ _SPECIALS = {
     "mask_token": "[MASK]",
 }
 _LONG_DOCUMENT = 500_000  # characters
+# The library's own record of a token takes over a hundred bytes while it is at it.
+_PIECES_PER_CALL = 32
 _WORD_BREAK_WORD = re.compile(r"(?<=\S\n)(?=\S)")
 _BPE_NAME = re.compile(r"bpe-(\d+)")
 # Documents are cut into rows afterwards, so no document is too long for the tokenizer.
@@ -137,7 +139,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[lis
         ValueError: the tokenizer refuses a text; names it.
     """
     pieces = [list(_pieces(without_surrogates(text))) for text in texts]
-    ids = iter(_ids(tokenizer, list(itertools.chain.from_iterable(pieces))))
+    flat = list(itertools.chain.from_iterable(pieces))
+    groups = (flat[i : i + _PIECES_PER_CALL] for i in range(0, len(flat), _PIECES_PER_CALL))
+    ids = itertools.chain.from_iterable(_ids(tokenizer, group) for group in groups)
     parts = (itertools.islice(ids, len(of_document)) for of_document in pieces)
     documents = [list(itertools.chain.from_iterable(part)) for part in parts]
     specials = _special_ids(tokenizer)

@@ -104,6 +104,8 @@ def test_long_documents_in_pieces_give_the_same_tokens(
     monkeypatch.setattr(tokenization, "_LONG_DOCUMENT", 20_000)
     assert len(list(tokenization._pieces(text))) > 10
     assert encode(tokenizer, [text, "short", ""]) == whole
+    monkeypatch.setattr(tokenization, "_PIECES_PER_CALL", 4)
+    assert encode(tokenizer, [text, "short", ""]) == whole
 
 
 def test_unknown_name_says_what_is_allowed(monkeypatch):
