@@ -20,7 +20,7 @@ from modes.train import train
 from training.parallel import leave_process_group
 from training.progress import quiet_known_noise
 from training.signals import Interrupted
-from utils import get_logger, keep_freed_memory, print_without_fail
+from utils import get_logger, keep_freed_memory, one_line, print_without_fail
 
 logger = get_logger(__name__)
 register_resolvers()
@@ -63,7 +63,7 @@ def main(config: DictConfig) -> None:
         # One line says it; HYDRA_FULL_ERROR=1 shows the rest.
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        logger.error("%s", one_line(error))
+        logger.error("%s", explained(error))
         sys.exit(1)
     except Interrupted as stop:
         logger.warning("%s; the same command goes on from here", stop)
@@ -78,11 +78,11 @@ def main(config: DictConfig) -> None:
         leave_process_group()
 
 
-def one_line(error: BaseException) -> str:
-    """What an error says, in one line."""
+def explained(error: BaseException) -> str:
+    """What an error says, in one line, and what helps against it."""
     if isinstance(error, OmegaConfBaseException) and error.full_key:
         return f"{error.full_key}: {str(error).splitlines()[0]}"
-    message = " ".join(str(error).split()) or type(error).__name__
+    message = one_line(error)
     if isinstance(error, torch.OutOfMemoryError):
         message += " A smaller loader.batch_size (auto finds one) or loader.eval_batch_size may fit"
     return message

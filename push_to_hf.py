@@ -34,7 +34,7 @@ from dataloader import get_tokenizer
 from hf import BD3LM, BD3LMConfig
 from hf.model_card import model_card, read_results
 from hf.modeling_bd3lm import auto_map
-from utils import print_without_fail
+from utils import one_line, print_without_fail
 
 # What a network cannot be built without.
 NEEDED = ("algo", "vocab_size", "model_length", "hidden_dim", "n_blocks", "n_heads")
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except HFValidationError as error:
         sys.exit(f"REPO_ID {args.repo_id}: {error}")
     except (ValueError, OSError) as error:
-        sys.exit(" ".join(str(error).split()))  # whatever a library says
+        sys.exit(one_line(error))
 
 
 def upload(directory: str, args: argparse.Namespace) -> None:

@@ -143,6 +143,11 @@ def absolute_path(path: str, *, base: str = "") -> str:
     return os.path.abspath(os.path.join(base, os.path.expanduser(path)))
 
 
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line, whatever a library made of it."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def partial_name(name: str) -> str:
     """Where this process writes a file before it is whole; no other process writes there."""
     return f"{name}.{socket.gethostname()}-{os.getpid()}.partial"

@@ -27,7 +27,7 @@ from checkpointing.loading import LoadReport, matching_weights
 from checkpointing.weights import Weights, read_weights
 from models.dit import DIT, DITConfig
 from models.rotary import Rotary
-from utils import print_without_fail
+from utils import one_line, print_without_fail
 
 FORMATS = ("lightning", "hub", "safetensors")
 FREQUENCIES = "backbone.rotary_emb.inv_freq"
@@ -230,7 +230,7 @@ def main(arguments: list[str] | None = None) -> int:
             changes=dict(options.changes),
         )
     except (ValueError, OSError) as error:
-        print(" ".join(str(error).split()), file=sys.stderr)  # whatever a library says
+        print(one_line(error), file=sys.stderr)
         return 1
     print(report)
     print(f"{options.destination}: written ({to})")

@@ -17,7 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from utils import file_exists
+from utils import file_exists, partial_name
 
 CONFIG, TENSORS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 # What is known of the tokenizer, see `corpora.tokenizer_record`; other projects' lack it.
@@ -155,7 +155,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OSError: names the file; what was there before is unchanged.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = Path(partial_name(str(path.with_name(f".{path.name}"))))
     try:
         partial.touch()
         mode = partial.stat().st_mode

@@ -107,7 +107,7 @@ def test_what_a_user_can_mend_is_one_line(error, said, failing_main, caplog):
 def test_a_deleted_key_is_named(run_main, caplog):
     with pytest.raises(OmegaConfBaseException) as caught:
         run_main("run", "~trainer.max_steps")
-    assert main.one_line(caught.value) == "trainer.max_steps: Key 'max_steps' is not in struct"
+    assert main.explained(caught.value) == "trainer.max_steps: Key 'max_steps' is not in struct"
 
 
 def test_an_error_of_the_program_keeps_its_traceback(failing_main, caplog):

@@ -6,6 +6,8 @@ from typing import Any
 import hydra
 from hydra.errors import InstantiationException
 
+from utils import one_line
+
 
 def instantiated(section: Mapping[str, Any], *, key: str, **arguments: Any) -> Any:
     """The object that a section describes.
@@ -21,6 +23,6 @@ def instantiated(section: Mapping[str, Any], *, key: str, **arguments: Any) -> A
     try:
         return hydra.utils.instantiate(section, **arguments)
     except InstantiationException as error:
-        reason = " ".join(str(error.__cause__ or error).split())
+        reason = one_line(error.__cause__ or error)
         name = section.get("_target_", "_target_ is missing")
         raise ValueError(f"{key} ({name}): {reason}") from error

@@ -189,6 +189,15 @@ def contents(entry: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in entry.iterdir()}
 
 
+def starts_of_build(cache_dir: Path) -> list[int]:
+    """Build the set, and return how many batches it had already when asked for the rest."""
+    begun: list[int] = []
+    get_or_build(
+        str(cache_dir), "set", KEY, lambda first: begun.append(first) or batches_from(first)
+    )
+    return begun
+
+
 def kill_before(cache: Path, batch: int, monkeypatch) -> Path:
     """Leaves what a process that is killed there has written; returns the half-built entry.
 
@@ -217,13 +226,7 @@ def test_killed_five_times_it_ends_as_if_nothing_had_been(
     monkeypatch.setattr(row_cache, "_COMMIT_EVERY", commit_every)
     for batch in (0, 2, 3, 7, 9 - 1):
         kill_before(tmp_path / "cache", batch, monkeypatch)
-    begun = []
-    get_or_build(
-        str(tmp_path / "cache"),
-        "set",
-        KEY,
-        lambda first: begun.append(first) or batches_from(first),
-    )
+    begun = starts_of_build(tmp_path / "cache")
     assert begun == ([8] if commit_every == 0 else [0])
     assert ("12 rows are kept" in caplog.text) == (commit_every == 0)
     assert contents(entries(tmp_path / "cache")[0]) == whole
@@ -420,13 +423,7 @@ def test_full_disk(tmp_path: Path, monkeypatch, whole):
         with pytest.raises(OSError, match="data.cache_dir: .*No space left.* is kept") as caught:
             get_or_build(str(tmp_path / "cache"), "set", KEY, batches_from)
     assert caught.value.errno == errno.ENOSPC
-    begun = []
-    get_or_build(
-        str(tmp_path / "cache"),
-        "set",
-        KEY,
-        lambda first: begun.append(first) or batches_from(first),
-    )
+    begun = starts_of_build(tmp_path / "cache")
     assert begun == [2]  # three calls each
     assert contents(entries(tmp_path / "cache")[0]) == whole
 

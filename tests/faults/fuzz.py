@@ -151,7 +151,7 @@ def _problem(kind: Kind, source: Path, output: Path, *, names: Sequence[str]) ->
             kind.read(source, output)
         return None
     except main.USER_ERRORS as error:
-        said = main.one_line(error)
+        said = main.explained(error)
         if not any(name in said for name in names):
             return f"names neither file nor key: {said}"
         left = sorted(path.name for path in output.rglob("*") if path.is_file())
