@@ -63,6 +63,7 @@ def measure(row_maker: RowMaker, pieces: Iterator[str], *, num_proc: int) -> dic
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure as the arguments say, and print a line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokenizer", required=True, help="a folder or a name")
     parser.add_argument("--text", required=True, help="a UTF-8 file")
