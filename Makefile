@@ -2,8 +2,11 @@
 # constraints.txt changes.
 PYTHON ?= python3
 FOLDER ?= ../shared/golden
-# Which slow tests: folders, or other arguments of pytest.
+# Which tests: folders, or other arguments of pytest.
 TESTS ?=
+# Processes that share the tests; more than eight would wait for memory. Each computes in one thread.
+WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
+PARALLEL := --numprocesses $(WORKERS) --maxprocesses 8 --dist loadgroup
 
 VENV := .venv
 VENV_PYTHON := $(VENV)/bin/python
@@ -34,11 +37,13 @@ constraints:  ## write constraints.txt anew: what requirements.txt brings today 
 	mv constraints.new constraints.txt
 	rm -r $(VENV)-constraints
 
+test test-slow: export OMP_NUM_THREADS := 1
+
 test: venv  ## the default tests
-	$(VENV_PYTHON) -m pytest
+	$(VENV_PYTHON) -m pytest $(PARALLEL) $(TESTS)
 
 test-slow: venv  ## the tests that take minutes each
-	$(VENV_PYTHON) -m pytest -m "slow and not gpu and not cluster" $(TESTS)
+	$(VENV_PYTHON) -m pytest -m "slow and not gpu and not cluster" $(PARALLEL) $(TESTS)
 
 test-gpu: venv  ## the tests that need a GPU
 	$(VENV_PYTHON) -m pytest -m gpu

@@ -2,7 +2,8 @@
 
 import copy
 import hashlib
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,15 @@ from configuration import resolvers
 from corpora.tokenization import load_tokenizer
 from tests.helpers.places import PROJECT, SHARED
 from tests.helpers.small_run import overrides, write_text
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """What a test's packages leave in the environment (wandb: its service) is gone behind it."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """What the table of faults is made of."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,12 @@ def count(record_property) -> Callable[..., None]:
         record_property("fault", (fault, tried, survived))
 
     return enter
+
+
+@pytest.fixture
+def repeats() -> Callable[..., int]:
+    """How often a fault happens: `repeats(20, in_suite=2)`, 20 times being for the table."""
+    return lambda times, *, in_suite: times if "ALL_FAULTS" in os.environ else in_suite
 
 
 @pytest.fixture

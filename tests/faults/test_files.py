@@ -149,9 +149,9 @@ time.time = backwards
 
 
 @pytest.mark.slow
-def test_pairs_started_together(tmp_path, count):
+def test_pairs_started_together(tmp_path, count, repeats):
     """In one directory of the same second, one of them died or took the other's checkpoints."""
-    kept, num_pairs = 0, int(os.environ.get("FAULT_PAIRS", 2))
+    kept, num_pairs = 0, repeats(20, in_suite=2)
     for number in range(num_pairs):
         pair = Run(tmp_path, "algo=ar", "checkpointing.save_dir=${cwd:}",
                    f"hydra.run.dir=${{claimed:{tmp_path}/out/{number}}}")  # fmt: skip

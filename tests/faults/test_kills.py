@@ -14,14 +14,15 @@ EVERY_STEP = "callbacks.checkpoint_every_n_steps.every_n_train_steps=1"
 
 
 @pytest.mark.slow
-def test_twenty_kills_at_random_moments(tmp_path, straight, count):
+def test_kills_at_random_moments(tmp_path, straight, count, repeats):
     """SIGKILL in steps, validations, saves and wherever else it falls; one loading process."""
     changes = [*BD3LM, EVERY_STEP, "trainer.max_steps=300", "trainer.val_check_interval=7",
                "loader.batch_size=2", "loader.num_workers=1",
                "trainer.limit_val_batches=1"]  # fmt: skip
-    run, draw, kills = Run(tmp_path, *changes), random.Random(5), 0
-    while kills < 20:
-        delay = draw.uniform(0, 0.6)
+    run, draw = Run(tmp_path, *changes), random.Random(5)
+    num_kills = repeats(20, in_suite=5)
+    for kills in range(num_kills):
+        delay = draw.uniform(0, 12 / num_kills)  # together less than the run takes
         process = run.start(preparation=f"""
 def strike(self):
     threading.Timer({delay}, os.kill, (os.getpid(), signal.SIGKILL)).start()
@@ -29,20 +30,20 @@ before(Diffusion, "on_train_start", strike)
 """)
         with process.stdout:  # not to its end: a loading process takes seconds to notice
             assert process.wait(timeout=120) == -9, f"training ended after {kills} kills"
-        kills += 1
     killed_at = run.last()["global_step"]
     assert 0 < killed_at < 300  # how far depends on the machine
     run.run()
     assert_same_training(straight(*changes), run.last())
-    count("SIGKILL at random moments of one run", tried=20, survived=kills)
+    count("SIGKILL at random moments of one run", tried=num_kills, survived=num_kills)
 
 
 @pytest.mark.slow
-def test_ten_kills_while_a_checkpoint_is_written(tmp_path, straight, count):
+def test_kills_while_a_checkpoint_is_written(tmp_path, straight, count, repeats):
     """After a random part of the file; what is there under its own name is always whole."""
     changes = [*BD3LM, EVERY_STEP, "trainer.max_steps=24"]
     run, draw = Run(tmp_path, *changes), random.Random(6)
-    for attempt in range(10):
+    num_kills = repeats(10, in_suite=3)
+    for attempt in range(num_kills):
         output = run.run(expected=-9, preparation=f"""
 import io
 from checkpointing import checkpoint_io
@@ -67,7 +68,7 @@ checkpoint_io.torch = CutShort()
     output = run.run()
     assert "is damaged" not in output
     assert_same_training(straight(*changes), run.last())
-    count("SIGKILL while a checkpoint is written", tried=10, survived=10)
+    count("SIGKILL while a checkpoint is written", tried=num_kills, survived=num_kills)
 
 
 @pytest.mark.slow

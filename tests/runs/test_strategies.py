@@ -31,6 +31,8 @@ ACCUMULATED = ["loader.batch_size=1", "trainer.val_check_interval=4"]
 HALF = ["trainer.max_steps=2"]
 LAST = "checkpoints/last.ckpt"
 
+pytestmark = pytest.mark.xdist_group("strategies")  # one process makes the runs for all
+
 
 def resumed(folder: Path, name: str) -> list[str]:
     return [f"checkpointing.resume_ckpt_path={folder}/{name}/{LAST}"]

@@ -29,6 +29,15 @@ needs_kernel = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(autouse=True)
+def two_threads():
+    """The kernel divides its work, however many threads the tests are given."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 def test_there_is_a_kernel_where_there_can_be():
     """A mistake in the kernel's text would go unnoticed: samplers do without."""
     cpu = Path("/proc/cpuinfo")
