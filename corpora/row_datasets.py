@@ -9,6 +9,7 @@ import datasets.distributed
 import numpy as np
 import torch
 
+from corpora.lines import checked_text
 from corpora.packing import DOCUMENTS_PER_BATCH, RowMaker
 from corpora.row_cache import CachedRows
 from utils import derive_seed
@@ -93,7 +94,7 @@ class StreamedRows(torch.utils.data.IterableDataset):
     ):
         self._rows = documents.select_columns(text_column).map(
             _columns,
-            fn_kwargs={"row_maker": row_maker},
+            fn_kwargs={"row_maker": row_maker, "text_column": text_column},
             batched=True,
             batch_size=DOCUMENTS_PER_BATCH,
             input_columns=[text_column],
@@ -170,6 +171,7 @@ def _item(
     }
 
 
-def _columns(texts: list[str], row_maker: RowMaker) -> dict[str, np.ndarray]:
-    rows = row_maker(texts)
+def _columns(texts: list[str], row_maker: RowMaker, text_column: str) -> dict[str, np.ndarray]:
+    where = f"data.text_column={text_column!r} of a document that is streamed"
+    rows = row_maker([checked_text(text, where) for text in texts])
     return {"ids": rows.ids, "lengths": rows.lengths}

@@ -111,6 +111,19 @@ def test_streaming_from_the_hub(
     assert (asked["split"], asked["streaming"]) == (split, is_streamed)
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_null_in_a_stream(data_config: Callable[..., DictConfig], monkeypatch, num_workers: int):
+    rows = datasets.Dataset.from_dict({"text": ["some words", None]}).to_iterable_dataset()
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: rows)
+    config = data_config(
+        "data=openwebtext-streaming", BYTES, f"loader.num_workers={num_workers}"
+    )
+    request = data_request(config)
+    train, _ = get_dataloaders(request, get_tokenizer(request), skip_valid=True)
+    with pytest.raises(ValueError, match="'text' of a document .* must hold text, not None"):
+        next(iter(train))
+
+
 def test_flags_are_keys_of_one_data_file_only(project: Path):
     """`+data.insert_valid_eos=False` must not collide with a key that is there already."""
     for path in (project / "configs/data").glob("*.yaml"):
