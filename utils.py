@@ -145,7 +145,10 @@ def absolute_path(path: str, *, base: str = "") -> str:
 
 def one_line(error: BaseException) -> str:
     """What an error says, in one line, whatever a library made of it."""
-    return " ".join(str(error).split()) or type(error).__name__
+    text = str(error)
+    if "\nOriginal Traceback" in text:  # torch's, of a loading process: "ValueError: ..." ends it
+        text = text.rstrip().splitlines()[-1].partition(": ")[2]
+    return " ".join(text.split()) or type(error).__name__
 
 
 def partial_name(name: str) -> str:
