@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import re
 import socket
 import sys
 from collections.abc import Iterator
@@ -147,7 +148,7 @@ def one_line(error: BaseException) -> str:
     """What an error says, in one line, whatever a library made of it."""
     text = str(error)
     if "\nOriginal Traceback" in text:  # torch's, of a loading process: "ValueError: ..." ends it
-        text = text.rstrip().splitlines()[-1].partition(": ")[2]
+        text = re.split(r"\n  .*\n(?=\S)", text)[-1].partition(": ")[2]  # behind its last frame
     return " ".join(text.split()) or type(error).__name__
 
 

@@ -106,14 +106,14 @@ def test_what_a_user_can_mend_is_one_line(error, said, failing_main, caplog):
 
 class BrokenText(torch.utils.data.IterableDataset):
     def __iter__(self):
-        raise ValueError("a.jsonl, line 3: no text")
+        raise ValueError("a.jsonl, line 3: no text\nallowed: text")
 
 
 def test_an_error_in_a_loading_process_is_one_line():
     """torch puts the whole traceback of that process into the message."""
     with pytest.raises(ValueError, match="Original Traceback") as caught:
         next(iter(torch.utils.data.DataLoader(BrokenText(), num_workers=1)))
-    assert main.explained(caught.value) == "a.jsonl, line 3: no text"
+    assert main.explained(caught.value) == "a.jsonl, line 3: no text allowed: text"
 
 
 def test_a_deleted_key_is_named(run_main, caplog):
