@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 from collections.abc import Callable
 
 import torch
@@ -77,7 +78,7 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, *, pattern: AttentionPattern, block_s
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, pattern: AttentionPattern, block_size: int) -> Tensor:
     q_len, kv_len = q.shape[2], k.shape[2]
-    if _suits_slices(q, pattern=pattern):
+    if _suits_slices(q, k, pattern=pattern):
         return sliced_attention(q, k, v, pattern=pattern, block_size=block_size)
     if pattern is AttentionPattern.CAUSAL and q_len == kv_len:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -87,15 +88,15 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, pattern: AttentionPattern, block_s
 
 # Fewer queries than this are not worth slicing.
 _MANY_QUERIES = 128
+# In float32 it takes so many keys; SDPA is as fast where it knows the pattern without a mask.
+_MANY_KEYS = {AttentionPattern.BLOCK_DIFFUSION: 512, AttentionPattern.BLOCK_CAUSAL: 1024}
 
 
-def _suits_slices(q: Tensor, *, pattern: AttentionPattern) -> bool:
+def _suits_slices(q: Tensor, k: Tensor, *, pattern: AttentionPattern) -> bool:
     """Whether `sliced_attention` is the faster one; measured in benchmarks/README.md."""
     if q.device.type != "cpu" or q.shape[2] < _MANY_QUERIES:
         return False
-    # In float32 SDPA is as fast where it knows the pattern without a mask.
-    is_plain = pattern in (AttentionPattern.FULL, AttentionPattern.CAUSAL)
-    return q.dtype == torch.bfloat16 or not is_plain
+    return q.dtype == torch.bfloat16 or k.shape[2] >= _MANY_KEYS.get(pattern, math.inf)
 
 
 def _suits_products(q: Tensor, *, pattern: AttentionPattern) -> bool:
@@ -147,7 +148,7 @@ def attend(
     if is_unrestricted(pattern, q_len=q_len, kv_len=kv_len, block_size=block_size):
         # Nothing to skip, on either backend. FlexAttention would compile anew for each length of a
         # growing cache.
-        if _suits_slices(q, pattern=AttentionPattern.FULL):
+        if _suits_slices(q, k, pattern=AttentionPattern.FULL):
             return sliced_attention(
                 q, k, v, pattern=AttentionPattern.FULL, block_size=block_size
             )

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.kernels.chunked_head import TargetScores, called_target_scores, target_scores
+from models.kernels.dropout import dropout
 from models.kernels.gelu_linear import gelu_linear
 
 from .attention import attend
@@ -62,9 +63,6 @@ class Modulation(NamedTuple):
 
     def modulate(self, x: Tensor) -> Tensor:
         return x if self.shift is None else x * (1 + self.scale) + self.shift
-
-    def gated(self, x: Tensor) -> Tensor:
-        return x if self.gate is None else x * self.gate
 
     def first(self, num_tokens: int) -> "Modulation":
         """Of the first tokens alone; a slice of one row for all is that row."""
@@ -161,11 +159,17 @@ class SigmaEmbedder(nn.Module):
 def split_heads(
     qkv: Tensor, *, n_heads: int, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotated queries, rotated keys and values, each (B, H, T, d), of (B, T, 3 D)."""
-    heads = qkv.unflatten(-1, (3, n_heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, H, T, d)
-    both, v = heads.split((2, 1))  # a gradient of parts that are split is put together in one go
-    q, k = rotate(both, cos=cos, sin=sin)
-    return q, k, v.squeeze(0).contiguous()  # a view would keep all of qkv for the backward pass
+    """Rotated queries, rotated keys and values, each (B, H, T, d), of (B, T, 3 D).
+
+    In memory the heads of a token lie side by side, and so do those of the attention's output:
+    the product behind it needs no copy.
+    """
+    heads = qkv.unflatten(-1, (3, n_heads, -1))  # (B, T, 3, H, d)
+    both, v = heads.split((2, 1), dim=2)  # a gradient of parts is put together in one go
+    cos, sin = cos[:, 0, :, None, None], sin[:, 0, :, None, None]  # (B or 1, T, 1, 1, d/2)
+    q, k = rotate(both, cos=cos, sin=sin).unbind(dim=2)
+    # A view would keep all of qkv for the backward pass.
+    return q.transpose(1, 2), k.transpose(1, 2), v.squeeze(2).contiguous().transpose(1, 2)
 
 
 def attend_heads(
@@ -251,9 +255,9 @@ class DITBlock(nn.Module):
 
     def add(self, x: Tensor, heads: Tensor, attn: Modulation, feed_forward: Modulation) -> Tensor:
         """x (B, T, D) plus what the heads read (B, T, D), and then plus the feed-forward."""
-        x = x + attn.gated(self.dropout(self.attn_out(heads)))
+        x = self.plus(x, self.attn_out(heads), gate=attn.gate)
         h = self.feed_forward(self.norm2(x, feed_forward))
-        return x + feed_forward.gated(self.dropout(h))
+        return self.plus(x, h, gate=feed_forward.gate)
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """The feed-forward network of (B, T, D), in its saving form where no layer was changed."""
@@ -265,8 +269,10 @@ class DITBlock(nn.Module):
             return self.mlp(x)
         return gelu_linear(up(x), down)
 
-    def dropout(self, h: Tensor) -> Tensor:
-        return F.dropout(h, p=self.config.dropout, training=self.training)
+    def plus(self, x: Tensor, h: Tensor, *, gate: Tensor | None) -> Tensor:
+        """x plus what is left of h by dropout, gated."""
+        h = dropout(h, p=self.config.dropout, training=self.training)
+        return x + h if gate is None else torch.addcmul(x, h, gate)
 
 
 class OutputLayer(nn.Module):

@@ -44,10 +44,11 @@ class Rotary(nn.Module):
 
 
 def rotate(x: Tensor, *, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x_i, x_{i + d/2}) of queries or keys (..., B, H, T, d).
+    """Rotate the pairs (x_i, x_{i + d/2}) of queries or keys (..., d), by angles that broadcast.
 
-    In float32, also where they are in half precision.
+    In float32, also where they are in half precision. Over whole heads at a time: on a CPU half a
+    head is too short for its vectors.
     """
-    first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
-    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return rotated.to(x.dtype)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+    return torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)

@@ -5,8 +5,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models.kernels import gelu_linear as module
 from models.kernels.gelu_linear import gelu_linear
 from tests.helpers.references import generator
+
+
+@pytest.fixture(autouse=True)
+def recomputed_at_any_size(monkeypatch):
+    monkeypatch.setattr(module, "RECOMPUTED_FROM", 0)
 
 
 def inputs(dtype: torch.dtype) -> tuple[torch.Tensor, nn.Linear]:
@@ -50,3 +56,13 @@ def test_keeps_its_input_and_nothing_of_its_size(is_training):
         gelu_linear(h, linear)
     wide = [tensor for tensor in kept if tensor.shape[-1] == 12 and tensor.ndim == 3]
     assert [tensor.data_ptr() for tensor in wide] == ([h.data_ptr()] if is_training else [])
+
+
+def test_keeps_both_where_they_are_small(monkeypatch):
+    """Less time for a little memory."""
+    h, linear = inputs(torch.float32)
+    monkeypatch.setattr(module, "RECOMPUTED_FROM", h.numel() + 1)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        gelu_linear(h, linear)
+    assert sum(tensor.numel() == h.numel() for tensor in kept) == 2

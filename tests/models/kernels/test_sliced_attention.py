@@ -78,16 +78,20 @@ def test_little_is_computed_that_nobody_sees(block_size):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "pattern", "q_len", "is_sliced"),
+    ("dtype", "pattern", "q_len", "kv_len", "is_sliced"),
     [
-        (torch.bfloat16, P.BLOCK_DIFFUSION, 256, True),
-        (torch.float32, P.BLOCK_DIFFUSION, 256, True),
-        (torch.bfloat16, P.FULL, 256, True),
-        (torch.float32, P.FULL, 256, False),
-        (torch.bfloat16, P.FULL, 16, False),
+        (torch.bfloat16, P.BLOCK_DIFFUSION, 256, 256, True),
+        (torch.float32, P.BLOCK_DIFFUSION, 512, 512, True),
+        (torch.float32, P.BLOCK_DIFFUSION, 256, 512, True),
+        (torch.float32, P.BLOCK_DIFFUSION, 256, 256, False),
+        (torch.float32, P.BLOCK_CAUSAL, 1024, 1024, True),
+        (torch.float32, P.BLOCK_CAUSAL, 512, 512, False),
+        (torch.bfloat16, P.FULL, 256, 256, True),
+        (torch.float32, P.FULL, 1024, 1024, False),
+        (torch.bfloat16, P.FULL, 16, 256, False),
     ],
 )
-def test_used_where_it_pays(monkeypatch, dtype, pattern, q_len, is_sliced):
+def test_used_where_it_pays(monkeypatch, dtype, pattern, q_len, kv_len, is_sliced):
     calls = []
 
     def spy(*args, **kwargs):
@@ -95,6 +99,6 @@ def test_used_where_it_pays(monkeypatch, dtype, pattern, q_len, is_sliced):
         return sliced_attention(*args, **kwargs)
 
     monkeypatch.setattr(attention, "sliced_attention", spy)
-    q, k, v = (x.to(dtype) for x in random_qkv(q_len=q_len, kv_len=256))
+    q, k, v = (x.to(dtype) for x in random_qkv(q_len=q_len, kv_len=kv_len))
     attend(q, k, v, pattern=pattern, block_size=16, backend="sdpa")
     assert calls == [pattern] * is_sliced
