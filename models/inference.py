@@ -3,18 +3,15 @@
 `DIT.forward` is the readable form; this one gives the same numbers up to rounding, which tests
 check. What it saves: the network is told sigma = 0 in every pass, so all modulations are constants,
 folded into the norms; the weights are in the precision of the products once and for all; behind the
-last attention only the tokens remain whose logits somebody asked for; on a CPU that multiplies bf16
-attention over a KV cache is a kernel of its own.
+last attention only the tokens remain whose logits somebody asked for.
 """
 
-import functools
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.kernels.cached_attention import MAX_NEW_TOKENS, cached_attention, can_attend_cached
 from models.kernels.packed_linear import PackedLinear, can_pack
 
 from .dit import (
@@ -179,9 +176,6 @@ class InferenceDIT:
             self.blocks = [InferenceBlock(block, **shared) for block in network.blocks]
             self.norm_final = Norm.fold(head.norm_final, head.modulation(condition))
         self.head = Linear.cast(head.linear, dtype=self.dtype, packs=packs)
-        self._has_kernel = can_attend_cached(
-            head_dim=self.config.head_dim, dtype=self.dtype, device=embedding.device
-        )
 
     @torch.no_grad()
     def __call__(
@@ -234,38 +228,16 @@ class InferenceDIT:
     ) -> Tensor:
         x = self.network.vocab_embed(indices).float()
         last = len(self.blocks) - 1
-        how = {"cos": cos, "sin": sin, "pattern": pattern, "kv_cache": kv_cache}
         for layer, block in enumerate(self.blocks):
-            heads = self._attend(block.qkv(x), layer=layer, **how)
+            q, k, v = split_heads(block.qkv(x), n_heads=self.config.n_heads, cos=cos, sin=sin)
+            heads = attend_heads(
+                q, k, v, config=self.config, pattern=pattern, layer=layer, kv_cache=kv_cache
+            )
             if layer == last and logits_at is not None:
                 x, heads = x[logits_at], heads[logits_at]  # (n_selected, D)
             x = block.add(x, heads)
         return self.head(self.norm_final(x, dtype=self.dtype))
 
-    def _attend(
-        self,
-        qkv: Tensor,
-        *,
-        cos: Tensor,
-        sin: Tensor,
-        pattern: AttentionPattern,
-        kv_cache: KVCache | None,
-        layer: int,
-    ) -> Tensor:
-        """What all heads of a layer read, (B, T, D), for (B, T, 3 D)."""
-        num_new = qkv.shape[1]
-        if kv_cache is not None and self._has_kernel and num_new <= MAX_NEW_TOKENS:
-            keys, values, new = kv_cache.reserve(layer, num_new=num_new)
-            return cached_attention(
-                qkv, keys=keys, values=values, new=new, cos=cos, sin=sin,
-                pattern=pattern, block_size=self.config.block_size,
-            )  # fmt: skip
-        q, k, v = split_heads(qkv, n_heads=self.config.n_heads, cos=cos, sin=sin)
-        return attend_heads(
-            q, k, v, config=self.config, pattern=pattern, layer=layer, kv_cache=kv_cache
-        )
-
     def make_cache(self, batch_size: int, *, capacity: int) -> KVCache:
         """An empty cache for this network."""
-        kind = functools.partial(KVCache, moves=False) if self._has_kernel else KVCache
-        return self.network.make_cache(batch_size, capacity=capacity, dtype=self.dtype, kind=kind)
+        return self.network.make_cache(batch_size, capacity=capacity, dtype=self.dtype)
