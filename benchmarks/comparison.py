@@ -47,6 +47,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--block-size", type=int, help="of bd3lm (default 16)")
     parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--vocab-size", type=int, default=Job.vocab_size, help="without the mask")
     parser.add_argument("--against", choices=("reference",), help="what the original does")
     parser.add_argument("--precision", choices=DTYPES, nargs="+", default=["bf16", "float32"])
     parser.add_argument("--attn-backend", choices=BACKENDS, nargs="+", default=["auto"])
@@ -79,8 +80,8 @@ def jobs_of(arguments: argparse.Namespace, *, work: str) -> dict[str, Job]:
     """The rows by name, ours in all combinations first, then the reference."""
     shared = {
         key: getattr(arguments, key)
-        for key in ("algo", "model", "length", "block_size", "batch_size", "device", "warmup",
-                    "steps")
+        for key in ("algo", "model", "length", "block_size", "batch_size", "vocab_size",
+                    "device", "warmup", "steps")
     }  # fmt: skip
     jobs = {}
     varied = {

@@ -58,7 +58,7 @@ def measure(job: Job) -> Result:
         keep_freed_memory()  # as main.py does
     memory_before = start_memory_measurement(device)
     config = make_config(job)
-    model = make_model(config, device)
+    model = make_model(job, config)
     step = make_step(job, config, model)
     seconds, losses = [], []
     for i in range(job.warmup + job.steps):

@@ -29,6 +29,7 @@ from sampling.semi_ar import SemiAutoregressiveSampler
 from utils import json_text, keep_freed_memory, keep_freed_memory_for_sampling
 
 MODELS = {  # hidden size, conditioning, layers, heads
+    "mini": (64, 16, 3, 4),  # what one tries an idea with
     "tiny": (256, 64, 8, 8),
     "small": (768, 128, 12, 12),
     "medium": (1024, 128, 24, 16),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from benchmarks.flops import forward_flops
 from benchmarks.reference import Reference, ReferenceAverage, reference_optimizer
+from benchmarks.sampling import MODELS
 from configuration.resolvers import register_resolvers
 from diffusion import Diffusion
 from losses.forward_process import ClipInterval
@@ -37,6 +38,7 @@ class Job:
     length: int = 1024
     block_size: int = 16
     batch_size: int = 2
+    vocab_size: int = 50_257  # GPT-2's; the mask comes on top
     precision: str = "float32"
     device: str = "cpu"
     attn_backend: str = "auto"
@@ -63,12 +65,16 @@ class Step:
 
 
 class StubTokenizer:
-    """GPT-2's ids without its files."""
+    """Ids without a tokenizer's files; the last one begins and ends a text, as GPT-2's does."""
 
-    mask_token_id, bos_token_id, eos_token_id = None, 50_256, 50_256
+    mask_token_id = None
+
+    def __init__(self, size: int):
+        self.size = size
+        self.bos_token_id = self.eos_token_id = size - 1
 
     def __len__(self) -> int:
-        return 50_257
+        return self.size
 
     def get_vocab(self) -> dict[str, int]:
         return {str(i): i for i in range(len(self))}
@@ -79,9 +85,14 @@ class StubTokenizer:
 
 def make_config(job: Job) -> DictConfig:
     """The composed configuration of a job."""
+    hidden_size, cond_dim, n_blocks, n_heads = MODELS[job.model]
     overrides = [
         f"algo={job.algo}",
-        f"model={job.model}",
+        "model=small",
+        f"model.hidden_size={hidden_size}",
+        f"model.cond_dim={cond_dim}",
+        f"model.n_blocks={n_blocks}",
+        f"model.n_heads={n_heads}",
         f"model.length={job.length}",
         f"block_size={job.block_size}",
         f"model.attn_backend={job.attn_backend}",
@@ -102,21 +113,21 @@ def compose(overrides: Sequence[str]) -> DictConfig:
         return hydra.compose("config", list(overrides))
 
 
-def make_model(config: DictConfig, device: torch.device) -> Diffusion:
+def make_model(job: Job, config: DictConfig) -> Diffusion:
     """The model with random weights everywhere, the same ones each time."""
     torch.manual_seed(0)
-    model = Diffusion(config, StubTokenizer())
+    model = Diffusion(config, StubTokenizer(job.vocab_size))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=WEIGHT_NOISE)
-    return model.to(device)
+    return model.to(job.device)
 
 
 def make_batch(job: Job) -> dict[str, Tensor]:
     """Random rows."""
     generator = torch.Generator().manual_seed(0)
     shape = (job.batch_size, job.length)
-    ids = torch.randint(len(StubTokenizer()), shape, generator=generator).to(job.device)
+    ids = torch.randint(job.vocab_size, shape, generator=generator).to(job.device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 

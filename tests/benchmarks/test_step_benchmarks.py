@@ -158,7 +158,7 @@ class TestMeasurement:
         """Five widths: 11 + 9 + 7 + 5 + 3 ranges, and the full one, which is reported."""
         for work, count in (("eval", 1), ("search", 36)):
             job = Job(work=work, side="ours", model="tiny", length=16, overrides=TINY)
-            ranges = evaluated_ranges(make_model(make_config(job), torch.device("cpu")))
+            ranges = evaluated_ranges(make_model(job, make_config(job)))
             assert len(ranges) == count and ranges[0] == FULL
 
 
@@ -168,7 +168,7 @@ def test_state_is_what_optimizer_and_average_hold():
     for side in ("ours", "reference"):
         job = Job(work="train", side=side, length=32, overrides=TINY)
         config = make_config(job)
-        model = make_model(config, torch.device("cpu"))
+        model = make_model(job, config)
         weights = sum(p.numel() for p in model.parameters())
         assert make_step(job, config, model).state_mb == pytest.approx(3 * 4 * weights / 1e6)
 
