@@ -110,6 +110,8 @@ class _SlicedAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, slices: tuple[Slice, ...]
     ) -> Tensor:
+        # Slices are taken often, so here the tokens of a head lie side by side.
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         # The heads of a token side by side, as the next product takes them: that needs no copy.
         out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
         scale = q.shape[-1] ** -0.5
