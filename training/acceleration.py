@@ -15,11 +15,8 @@ import functools
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from models.compiling import allow_graphs
 from models.dit import DIT
-
-# Training, validation and the last batches of a data set have their own shapes and modes. The
-# default, 8, could end a training.
-_MAX_GRAPHS = 64
 
 
 def is_compiled(setting: bool | str, *, device: torch.device) -> bool:
@@ -32,9 +29,8 @@ def is_compiled(setting: bool | str, *, device: torch.device) -> bool:
 
 def compile_layers(network: DIT) -> None:
     """Compile the layers in place, with static shapes; doing it again changes nothing."""
-    compiled = functools.partial(
-        torch.compile, fullgraph=True, dynamic=False, recompile_limit=_MAX_GRAPHS
-    )
+    allow_graphs()
+    compiled = functools.partial(torch.compile, fullgraph=True, dynamic=False)
     for block in network.blocks:
         if "project" not in vars(block):
             block.project, block.add = compiled(block.project), compiled(block.add)
