@@ -11,12 +11,17 @@ every step.
 """
 
 import functools
+import os
+import shutil
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from models.compiling import allow_graphs
 from models.dit import DIT
+from utils import get_logger
+
+logger = get_logger(__name__)
 
 
 def is_compiled(setting: bool | str, *, device: torch.device) -> bool:
@@ -25,6 +30,17 @@ def is_compiled(setting: bool | str, *, device: torch.device) -> bool:
     On a CPU compiling takes longer than it saves in a short run: only where asked for.
     """
     return device.type == "cuda" if setting == "auto" else bool(setting)
+
+
+def warn_without_c_compiler(device: torch.device) -> None:
+    """Say early what Triton, which makes a GPU's kernels, will say after a while and at length."""
+    has_compiler = "CC" in os.environ or shutil.which("gcc") or shutil.which("clang")
+    if device.type == "cuda" and not has_compiler:
+        logger.warning(
+            "No C compiler is found (gcc, clang or what CC names), without which Triton fails with "
+            "'Failed to find C compiler': install gcc, or use training.compile=false and "
+            "model.attn_backend=sdpa"
+        )
 
 
 def compile_layers(network: DIT) -> None:
