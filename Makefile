@@ -4,21 +4,25 @@ PYTHON ?= python3
 FOLDER ?= ../shared/golden
 # Which tests: folders, or other arguments of pytest.
 TESTS ?=
+# The interpreter of `make test-torch211`.
+PYTHON312 ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python3.12) python3.12)
 # Processes that share the tests; more than eight would wait for memory. Each computes in one thread.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 PARALLEL := --numprocesses $(WORKERS) --maxprocesses 8 --dist loadgroup
 
 VENV := .venv
+TORCH211 := .venv-torch211
 VENV_PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 # The versions of constraints.txt are those of Python 3.11; others take what fits requirements.txt.
 PINNED := import sys; sys.version_info[:2] == (3, 11) and print('--constraint constraints.txt')
 
 .DEFAULT_GOAL := help
-.PHONY: help venv constraints test test-slow test-gpu test-cluster lint parity quickstart
+.PHONY: help venv constraints test test-slow test-torch211 test-gpu test-cluster lint parity \
+	quickstart
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z0-9-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 15
 
 venv: $(INSTALLED)  ## create .venv with the exact versions (PYTHON=... picks the interpreter)
 
@@ -37,13 +41,24 @@ constraints:  ## write constraints.txt anew: what requirements.txt brings today 
 	mv constraints.new constraints.txt
 	rm -r $(VENV)-constraints
 
-test test-slow: export OMP_NUM_THREADS := 1
+test test-slow test-torch211: export OMP_NUM_THREADS := 1
 
 test: venv  ## the default tests
 	$(VENV_PYTHON) -m pytest $(PARALLEL) $(TESTS)
 
 test-slow: venv  ## the tests that take minutes each
 	$(VENV_PYTHON) -m pytest -m "slow and not gpu and not cluster" $(PARALLEL) $(TESTS)
+
+# By hand, not in CI: torch 2.11 and its libraries take 5 GB.
+test-torch211: $(TORCH211)/.installed  ## the default tests of the network's rooms on torch 2.11, Python 3.12
+	$(TORCH211)/bin/python -m pytest $(PARALLEL) \
+		$(or $(TESTS),tests/models tests/losses tests/sampling tests/training)
+
+$(TORCH211)/.installed: requirements.txt
+	$(PYTHON312) -m venv --clear $(TORCH211)
+	sed 's/^torch==.*/torch==2.11.0/' requirements.txt > $(TORCH211)/requirements.txt
+	$(TORCH211)/bin/python -m pip install --requirement $(TORCH211)/requirements.txt
+	@touch $@
 
 test-gpu: venv  ## the tests that need a GPU
 	$(VENV_PYTHON) -m pytest -m gpu

@@ -1,5 +1,6 @@
 """The Lightning module: one training step, validation with the range search, the optimizer."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -32,7 +33,12 @@ from noise_schedule import get_noise
 from sampling.base import SamplerOutput, blank_canvas
 from sampling.generation import TextModel
 from sampling.options import SamplingOptions
-from training.acceleration import checkpoint_layers, compile_layers, is_compiled
+from training.acceleration import (
+    checkpoint_layers,
+    compile_layers,
+    is_compiled,
+    warn_without_c_compiler,
+)
 from training.high_loss import HighLoss
 from training.instantiation import instantiated
 from training.optimizer import fused_adamw
@@ -162,8 +168,13 @@ class Diffusion(L.LightningModule):
         """
         if self.checkpoints_layers:
             checkpoint_layers(self.backbone)
-        if is_compiled(self.compile_setting, device=self.trainer.strategy.root_device):
+        device = self.trainer.strategy.root_device
+        if is_compiled(self.compile_setting, device=device):
             compile_layers(self.backbone)
+        if is_compiled(self.compile_setting, device=device) or device.type == "cuda":
+            warn_without_c_compiler(device)
+            rows = self.run_config["loader"]["eval_batch_size"]
+            self.losses = dataclasses.replace(self.losses, min_rows=rows)
         if self.device_mesh is not None:
             shard(self.backbone, self.device_mesh["data_parallel"])
 

@@ -45,6 +45,8 @@ def run(config: DictConfig, *, launch_dir: str) -> None:
     validate(config)
     for warning in ignored_key_warnings(config):
         logger.warning(warning)
+    if config.training.tf32:
+        torch.set_float32_matmul_precision("high")
     config = with_absolute_paths(config, launch_dir=launch_dir)
     modes = (config.mode, *config.then)
     sampling = sampling_request(config)  # refuses now what samplers could not do after a training

@@ -107,6 +107,7 @@ _FLAGS = (
     "training.antithetic_sampling",
     "training.resample",
     "training.eval_nll",
+    "training.tf32",
     "eval.disable_ema",
     "algo.time_conditioning",
     "algo.ignore_bos",

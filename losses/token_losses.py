@@ -31,6 +31,8 @@ class TokenLosses:
         resample: keep the masked fraction of each block in the range of t.
         mdlm_loss_scale: weigh as earlier papers do, see `forward_process.noise_values`.
         ignore_bos: position 0 stays clean.
+        min_rows: the rows that the network is given at least where there are no gradients. Compiled
+            for each number of rows, it would be compiled once more for the last, smaller batch.
     """
 
     denoiser: Denoiser
@@ -41,6 +43,7 @@ class TokenLosses:
     resample: bool = False
     mdlm_loss_scale: bool = False
     ignore_bos: bool = True
+    min_rows: int = 0
 
     def __call__(
         self,
@@ -60,9 +63,9 @@ class TokenLosses:
             (B, N), for ar (B, N - 1): the first token has no prediction.
         """
         if self.denoiser.parameterization == "ar":
-            return ar_token_losses(self.denoiser, x_0)
-        x_t, values = self._add_noise(x_0, interval=interval, generator=generator)
-        return self._losses(x_0, x_t, values)
+            return ar_token_losses(self.denoiser, self._padded(x_0))[: len(x_0)]
+        noisy = self._add_noise(x_0, interval=interval, generator=generator)
+        return self._losses(x_0, [noisy])[0]
 
     def on_all(
         self, x_0: Tensor, intervals: Sequence[ClipInterval]
@@ -74,31 +77,41 @@ class TokenLosses:
         sees_x_0 = self._pattern_of(x_0) is AttentionPattern.BLOCK_DIFFUSION
         if not sees_x_0 or len(intervals) == 1:
             return {interval: self(x_0, interval=interval) for interval in intervals}
-        clean, losses = self.denoiser.clean_half(x_0), {}
+        clean, losses = self.denoiser.clean_half(self._padded(x_0)), {}
         for i in range(0, len(intervals), RANGES_AT_ONCE):
             together = intervals[i : i + RANGES_AT_ONCE]
             noisy = [self._add_noise(x_0, interval=interval) for interval in together]
-            found = self._losses(
-                x_0.repeat(len(together), 1),
-                torch.cat([x_t for x_t, _ in noisy]),
-                NoiseValues.cat([values for _, values in noisy]),
-                clean=clean,
-            )
-            losses |= zip(together, found.chunk(len(together)), strict=True)
+            losses |= zip(together, self._losses(x_0, noisy, clean=clean), strict=True)
         return losses
 
     def _losses(
-        self, x_0: Tensor, x_t: Tensor, values: NoiseValues, *, clean: CleanHalf | None = None
-    ) -> Tensor:
-        return diffusion_token_losses(
+        self,
+        x_0: Tensor,
+        noisy: Sequence[tuple[Tensor, NoiseValues]],
+        *,
+        clean: CleanHalf | None = None,
+    ) -> Sequence[Tensor]:
+        """Losses (B, N) under each of some draws of noise, all of them in one pass."""
+        rows = self._padded(x_0)
+        added = rows[len(x_0) :]  # in which nothing is masked
+        found = diffusion_token_losses(
             self.denoiser,
-            x_0,
-            x_t=x_t,
-            values=values,
+            rows.repeat(len(noisy), 1),
+            x_t=torch.cat([part for x_t, _ in noisy for part in (x_t, added)]),
+            values=NoiseValues.cat([self._padded_values(values) for _, values in noisy]),
             sigma_max=self.noise.sigma_max,
             pattern=self._pattern_of(x_0),
             clean=clean,
         )
+        return [losses[: len(x_0)] for losses in found.chunk(len(noisy))]
+
+    def _padded(self, x: Tensor) -> Tensor:
+        """Rows (B, ...), and copies of the last one where there are fewer than `min_rows`."""
+        missing = 0 if torch.is_grad_enabled() else self.min_rows - len(x)
+        return torch.cat((x, x[-1:].expand(missing, -1))) if missing > 0 else x
+
+    def _padded_values(self, values: NoiseValues) -> NoiseValues:
+        return NoiseValues(*(self._padded(value) for value in vars(values).values()))
 
     def _pattern_of(self, x_0: Tensor) -> AttentionPattern:
         """A row that is one block (L = N) sees nothing of x_0, which is left out of the pass."""

@@ -3,15 +3,16 @@
 import functools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Hashable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from models.kernels.sliced_attention import sliced_attention
 
+from .compiling import MAX_GRAPHS, allow_graphs
 from .masks import AttentionPattern, dense_mask, flex_block_mask, is_unrestricted
 
 logger = logging.getLogger(__name__)
@@ -40,10 +41,50 @@ def resolve_backend(backend: str, *, pattern: AttentionPattern, device: torch.de
     return "flex" if has_structure and device.type == "cuda" else "sdpa"
 
 
+class _CompiledFlexAttention:
+    """FlexAttention as one fused kernel, compiled for each shape.
+
+    Uncompiled it holds every score in memory, and that is what `torch.compile` goes back to at its
+    limit of graphs. Here a shape beyond the limit is refused.
+    """
+
+    def __init__(self):
+        # With fullgraph the limit is an error.
+        self._call = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+        self._seen: set[Hashable] = set()
+        self._refused: set[Hashable] = set()
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, mask: BlockMask) -> Tensor | None:
+        """(B, H, T, d), or None where there is no room for one more graph."""
+        if torch.compiler.is_compiling():  # a part of somebody's larger graph
+            return flex_attention(q, k, v, block_mask=mask)
+        is_training = torch.is_grad_enabled() and q.requires_grad
+        shape = (q.shape, k.shape[2], q.dtype, is_training)
+        if shape in self._refused:
+            return None
+        if shape not in self._seen:
+            self._seen.add(shape)
+            allow_graphs()
+            logger.info(
+                "Compiling FlexAttention for %s rows, %s queries, %s keys and %s",
+                len(q), q.shape[2], k.shape[2], "training" if is_training else "inference",
+            )  # fmt: skip
+        try:
+            return self._call(q, k, v, block_mask=mask)
+        except torch._dynamo.exc.FailOnRecompileLimitHit:
+            if not self._refused:
+                logger.warning(
+                    "FlexAttention was compiled for %s shapes, which is the limit; SDPA, slower, "
+                    "computes the same for every other one. Fewer sizes of batches help",
+                    MAX_GRAPHS,
+                )
+            self._refused.add(shape)
+            return None
+
+
 @functools.cache
-def _compiled_flex_attention() -> Callable[..., Tensor]:
-    # Uncompiled FlexAttention materialises every score; compiled it is one fused kernel.
-    return torch.compile(flex_attention, dynamic=False)
+def _compiled_flex_attention() -> _CompiledFlexAttention:
+    return _CompiledFlexAttention()
 
 
 @functools.cache
@@ -73,7 +114,8 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, *, pattern: AttentionPattern, block_s
     mask = flex_block_mask(
         pattern, q_len=q.shape[2], kv_len=k.shape[2], block_size=block_size, device=q.device
     )
-    return _compiled_flex_attention()(q, k, v, block_mask=mask)
+    out = _compiled_flex_attention()(q, k, v, mask=mask)
+    return _sdpa(q, k, v, pattern=pattern, block_size=block_size) if out is None else out
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, pattern: AttentionPattern, block_size: int) -> Tensor:

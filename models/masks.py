@@ -93,6 +93,7 @@ def first_query(pattern: AttentionPattern, *, q_len: int, kv_len: int) -> int:
 
 
 @functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)  # an evaluation may ask first, and a training of the same process then
 def dense_mask(
     pattern: AttentionPattern, *, q_len: int, kv_len: int, block_size: int, device: torch.device
 ) -> Tensor:
@@ -107,6 +108,7 @@ def dense_mask(
 
 
 @functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)
 def flex_block_mask(
     pattern: AttentionPattern, *, q_len: int, kv_len: int, block_size: int, device: torch.device
 ) -> BlockMask:

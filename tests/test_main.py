@@ -57,6 +57,23 @@ def test_modes_run_in_order(compose, tmp_path, monkeypatch):
     assert seen == ["train", "sample_eval", "ppl_eval"]
 
 
+@pytest.mark.parametrize(("setting", "precision"), [("true", "high"), ("false", "highest")])
+def test_tf32_is_asked_for(setting, precision, compose, tmp_path, monkeypatch):
+    """For every mode; without it float32 is float32."""
+    before, seen = torch.get_float32_matmul_precision(), []
+    for mode in main.MODES:
+        monkeypatch.setitem(
+            main.MODES, mode, lambda config: seen.append(torch.get_float32_matmul_precision())
+        )
+    monkeypatch.chdir(tmp_path)
+    config = compose(overrides(tmp_path, "mode=ppl_eval", f"training.tf32={setting}"))
+    try:
+        main.run(config, launch_dir=str(tmp_path))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == [precision]
+
+
 def test_keys_without_effect_are_reported(compose, tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(main.MODES, "train", lambda config: None)
     changes = ("algo=mdlm", "training.coeff_clip=2.0", "noise.sigma_max=9")

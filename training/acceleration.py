@@ -11,15 +11,17 @@ every step.
 """
 
 import functools
+import os
+import shutil
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from models.compiling import allow_graphs
 from models.dit import DIT
+from utils import get_logger
 
-# Training, validation and the last batches of a data set have their own shapes and modes. The
-# default, 8, could end a training.
-_MAX_GRAPHS = 64
+logger = get_logger(__name__)
 
 
 def is_compiled(setting: bool | str, *, device: torch.device) -> bool:
@@ -30,11 +32,21 @@ def is_compiled(setting: bool | str, *, device: torch.device) -> bool:
     return device.type == "cuda" if setting == "auto" else bool(setting)
 
 
+def warn_without_c_compiler(device: torch.device) -> None:
+    """Say early what Triton, which makes a GPU's kernels, will say after a while and at length."""
+    has_compiler = "CC" in os.environ or shutil.which("gcc") or shutil.which("clang")
+    if device.type == "cuda" and not has_compiler:
+        logger.warning(
+            "No C compiler is found (gcc, clang or what CC names), without which Triton fails with "
+            "'Failed to find C compiler': install gcc, or use training.compile=false and "
+            "model.attn_backend=sdpa"
+        )
+
+
 def compile_layers(network: DIT) -> None:
     """Compile the layers in place, with static shapes; doing it again changes nothing."""
-    compiled = functools.partial(
-        torch.compile, fullgraph=True, dynamic=False, recompile_limit=_MAX_GRAPHS
-    )
+    allow_graphs()
+    compiled = functools.partial(torch.compile, fullgraph=True, dynamic=False)
     for block in network.blocks:
         if "project" not in vars(block):
             block.project, block.add = compiled(block.project), compiled(block.add)

@@ -6,14 +6,29 @@ checkpoints in the format of every other run: one file of whole tensors.
 """
 
 import gc
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from models.sharding import placed_like
+
+
+def in_words_of_this_torch(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The section `strategy`, whose `forward_sync_buffers` older versions call `broadcast_buffers`.
+
+    To newer ones that name is deprecated.
+    """
+    found = dict(section)
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    if "forward_sync_buffers" in found and "forward_sync_buffers" not in known:
+        found["broadcast_buffers"] = found.pop("forward_sync_buffers")
+    return found
 
 
 class ShardedStrategy(ModelParallelStrategy):

@@ -15,6 +15,7 @@ from training.instantiation import instantiated
 from training.loggers import build_loggers
 from training.manifest import RunManifest
 from training.nan_guard import NanGuard
+from training.parallel import in_words_of_this_torch
 from training.progress import progress_callback
 from training.resume import ResumeState
 from training.signals import StopOnSignal, StopSignals
@@ -28,14 +29,14 @@ def bare_trainer(request: TrainerRequest, **settings: Any) -> L.Trainer:
         request: these sections.
         settings: further arguments of Lightning's trainer, which go before those of `trainer`.
     """
-    is_parallel = request.world_size > 1
+    is_parallel, strategy = request.world_size > 1, in_words_of_this_torch(request.strategy)
     quiet = {} if request.is_bare else {"enable_model_summary": False}
     arguments = {"default_root_dir": os.getcwd(), **quiet, **request.arguments}
     return instantiated(
         arguments,
         key="trainer",
         precision=request.precision,
-        strategy=instantiated(request.strategy, key="strategy") if is_parallel else "auto",
+        strategy=instantiated(strategy, key="strategy") if is_parallel else "auto",
         use_distributed_sampler=False,  # the data loaders know their rank
         **settings,
     )

@@ -99,6 +99,7 @@ def _logits(
     return logits
 
 
+@torch.compiler.disable  # traced, torch 2.11 computes wrong gradients of it
 def target_scores(
     x: Tensor,
     weight: Tensor,

@@ -36,6 +36,7 @@ class Slice:
 
 
 @functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)  # what an evaluation has cached must serve a training too
 def slices_of(
     pattern: AttentionPattern, *, q_len: int, kv_len: int, block_size: int, device: torch.device
 ) -> tuple[Slice, ...]:
@@ -157,6 +158,7 @@ def _add(total: Tensor, part: Tensor, runs: tuple[tuple[int, int], ...]) -> None
         taken += end - start
 
 
+@torch.compiler.disable  # one operator to a compiler: it would not know the cache of slices
 def sliced_attention(
     q: Tensor, k: Tensor, v: Tensor, *, pattern: AttentionPattern, block_size: int
 ) -> Tensor:

@@ -105,6 +105,7 @@ def test_new_keys(compose):
     assert config["then"] == []
     assert config["training"]["compile"] == "auto"
     assert config["training"]["activation_checkpointing"] == "none"
+    assert config["training"]["tf32"] is False
     assert "offline" not in config["wandb"], "the scripts add wandb.offline with a plus"
 
 

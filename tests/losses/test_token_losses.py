@@ -1,12 +1,13 @@
 """The NELBO's terms, the exact likelihood and the autoregressive loss, against plain twins."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 from torch import Tensor
 
-from losses.forward_process import FULL, NLL, noise_values, q_xt
+from losses.forward_process import FULL, NLL, ClipInterval, noise_values, q_xt
 from losses.objectives import ar_token_losses, diffusion_token_losses, masked_mean
 from losses.token_losses import TokenLosses
 from models.denoiser import Denoiser
@@ -183,6 +184,43 @@ def test_one_block_leaves_the_clean_half_out(parameterization, time_conditioning
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     for a, b in zip(gradients(denoiser, found), expected_gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("parameterization", ["subs", "sedd", "ar"])
+@torch.no_grad()
+def test_a_smaller_batch_has_the_shapes_of_a_full_one(parameterization, monkeypatch):
+    """On a GPU the last batch of a validation was compiled for again; its losses are the same."""
+    is_ar = parameterization == "ar"
+    denoiser = denoiser_of(
+        parameterization, time_conditioning=parameterization == "sedd", adaln=not is_ar
+    )
+    plain = TokenLosses(
+        denoiser=denoiser, noise=get_noise("loglinear"), pattern=P.BLOCK_DIFFUSION, block_size=4
+    )
+    padded = dataclasses.replace(plain, min_rows=5)
+    intervals = [ClipInterval(i / 10, 0.9) for i in range(1, 2 if is_ar else 7)]
+    shapes, embed = [], denoiser.backbone.vocab_embed.forward
+    monkeypatch.setattr(
+        denoiser.backbone.vocab_embed, "forward", lambda x: shapes.append(x.shape) or embed(x)
+    )
+
+    def everything(losses: TokenLosses, x_0: Tensor) -> list[Tensor]:
+        torch.manual_seed(1)
+        return [losses(x_0), *losses.on_all(x_0, intervals).values(), torch.rand(3)]
+
+    everything(padded, random_tokens(5, 12))
+    full, rows = shapes.copy(), random_tokens(3, 12)
+    shapes.clear()
+    found = everything(padded, rows)
+    assert shapes == full
+    expected = everything(plain, rows)
+    assert torch.equal(found[-1], expected[-1]), "no other noise is drawn"
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    shapes.clear()
+    with torch.enable_grad():
+        padded(rows)
+    assert shapes[0][0] == 3, "a training's batches are full, and their number is tried out"
 
 
 class TestExactLikelihood:

@@ -1,9 +1,13 @@
 """`attend` on both backends against a softmax with every score in memory."""
 
+import functools
+import logging
+
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
-from models import attention
+from models import attention, compiling
 from models.attention import attend, resolve_backend
 from models.masks import AttentionPattern
 from tests.helpers.references import brute_force_mask, naive_attention, random_qkv
@@ -81,6 +85,55 @@ def test_flex_where_its_kernel_is_wrong(monkeypatch, caplog):
         assert_equals_naive(case, "flex")
     assert caplog.text.count("FlexAttention is wrong on CPUs without AVX512") == 1
     attention._cpu_computes_flex.cache_clear()
+
+
+@pytest.fixture
+def traced_flex(monkeypatch, fresh_compiler):
+    """FlexAttention compiled without Inductor: right on every CPU, and a graph takes no seconds."""
+    monkeypatch.setattr(attention, "_cpu_computes_flex", lambda: True)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    attention._compiled_flex_attention.cache_clear()
+    counters.clear()
+    yield
+    attention._compiled_flex_attention.cache_clear()
+
+
+def assert_flex_of_rows_is_right(rows: int) -> None:
+    q, k, v = (x[:1].repeat(rows, 1, 1, 1) for x in random_qkv(q_len=8, kv_len=8))
+    found = attend(q, k, v, pattern=P.BLOCK_DIFFUSION, block_size=2, backend="flex")
+    mask = brute_force_mask(P.BLOCK_DIFFUSION, q_len=8, kv_len=8, block_size=2)
+    expected = naive_attention(q, k, v, mask=mask)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-6)
+
+
+def test_flex_is_compiled_for_more_than_eight_shapes(traced_flex, caplog):
+    """At the ninth every score was in memory, and nothing said so. Each shape is logged once."""
+    caplog.set_level(logging.INFO, logger="models.attention")
+    for rows in (*range(1, 10), 3):
+        assert_flex_of_rows_is_right(rows)
+    assert counters["stats"]["unique_graphs"] == 9
+    said = [line for line in caplog.messages if "Compiling FlexAttention" in line]
+    assert len(said) == 9
+    assert said[2].endswith("for 3 rows, 8 queries, 8 keys and inference")
+
+
+def test_flex_beyond_the_limit_is_sdpa(traced_flex, monkeypatch, caplog):
+    """Shapes that are compiled stay so; the log says once what becomes of the others."""
+    for module in (attention, compiling):
+        monkeypatch.setattr(module, "MAX_GRAPHS", 2)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for rows in (1, 2, 3, 4, 3, 1):
+            assert_flex_of_rows_is_right(rows)
+    assert counters["stats"]["unique_graphs"] == 2
+    assert sum("compiled for 2 shapes, which is the limit" in m for m in caplog.messages) == 1
+
+
+@pytest.mark.slow
+def test_flex_in_a_larger_graph(traced_flex):
+    """Whoever compiles the network compiles FlexAttention with it."""
+    q, k, v = random_qkv(q_len=8, kv_len=8)
+    call = functools.partial(attend, pattern=P.BLOCK_DIFFUSION, block_size=2, backend="flex")
+    torch.testing.assert_close(torch.compile(call)(q, k, v), call(q, k, v))
 
 
 def test_attention_of_another_pattern_differs():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models.dit import DIT, DITConfig, LayerNorm
+from models.dit import DIT, DITConfig, LayerNorm, Target
 from models.masks import AttentionPattern
 from tests.helpers.references import cache_for, random_tokens, small_dit
 
@@ -227,6 +227,35 @@ def test_every_parameter_gets_a_gradient():
     x = torch.cat((torch.full_like(x_0, MASK), x_0), dim=1)
     network(x, torch.ones(2), pattern=P.BLOCK_DIFFUSION).square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in network.parameters())
+
+
+def loss_and_gradients(call, network: DIT, *, pattern: P, num_tokens: int) -> list[torch.Tensor]:
+    """Of the scores of masked tokens, as a training asks for them."""
+    x_0 = random_tokens(2, num_tokens)
+    masked = torch.arange(x_0.numel()).view_as(x_0) % 3 == 0
+    x_t = x_0.masked_fill(masked, MASK)
+    x = torch.cat((x_t, x_0), dim=1) if pattern is P.BLOCK_DIFFUSION else x_t
+    network.zero_grad()
+    scores = call(x, pattern=pattern, logits_at=masked, target=Target(x_0[masked], MASK))
+    loss = scores.log_p.sum()
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in network.parameters())]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "num_tokens"),
+    # Of 128 tokens and more attention on a CPU is sliced.
+    [(P.CAUSAL, 8), pytest.param(P.BLOCK_DIFFUSION, 64, marks=pytest.mark.slow)],
+)
+def test_a_network_compiled_as_a_whole_has_the_same_gradients(pattern, num_tokens):
+    """torch 2.11 traced the output layer's function, and all gradients were wrong."""
+    torch._dynamo.reset()
+    network = small_dit(n_blocks=1)
+    how = {"pattern": pattern, "num_tokens": num_tokens}
+    expected = loss_and_gradients(network, network, **how)
+    found = loss_and_gradients(torch.compile(network, backend="eager"), network, **how)
+    for actual, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(actual, right, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

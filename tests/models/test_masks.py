@@ -6,6 +6,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_mask
 
 import models.attention
 from models.attention import attend
+from models.kernels.sliced_attention import slices_of
 from models.masks import AttentionPattern, dense_mask, flex_block_mask, is_unrestricted
 from tests.helpers.references import (
     brute_force_mask,
@@ -125,3 +126,35 @@ def test_a_mask_is_built_once():
     after = dense_mask.cache_info()
     assert after.misses == before.misses + 2
     assert after.hits == before.hits + 4
+
+
+def tensors_of(cached: object) -> list[torch.Tensor]:
+    """All tensors of a mask of any kind."""
+    if isinstance(cached, torch.Tensor):
+        return [cached]
+    if isinstance(cached, BlockMask):
+        return [x for x in cached.as_tuple() if isinstance(x, torch.Tensor)]
+    return [s.hidden for s in cached if s.hidden is not None]
+
+
+@pytest.mark.parametrize("make", [dense_mask, flex_block_mask, slices_of])
+def test_a_mask_made_in_an_evaluation_serves_a_training(make):
+    """`mode=ppl_eval then=[train]`: tensors of inference mode may not be saved for a backward."""
+    make.cache_clear()
+    with torch.inference_mode():
+        cached = make(
+            AttentionPattern.BLOCK_DIFFUSION, q_len=24, kv_len=24, block_size=4, device=CPU
+        )
+    assert tensors_of(cached)
+    assert not any(tensor.is_inference() for tensor in tensors_of(cached))
+
+
+def test_training_after_an_evaluation_of_the_same_shape():
+    """Through the whole network, and the first evaluation builds all masks."""
+    network, tokens = small_dit(), random_tokens(1, 2 * 20)
+    for cache in (dense_mask, slices_of):
+        cache.cache_clear()
+    with torch.inference_mode():
+        network(tokens, pattern=AttentionPattern.BLOCK_DIFFUSION)
+    network(tokens, pattern=AttentionPattern.BLOCK_DIFFUSION).sum().backward()
+    assert all(p.grad is not None for p in network.parameters())

@@ -14,7 +14,12 @@ from models.masks import AttentionPattern
 from tests.helpers import parallel_runs, small_module
 from tests.helpers.references import generator
 from tests.helpers.small_run import ALGOS, write_text
-from training.acceleration import checkpoint_layers, compile_layers, is_compiled
+from training.acceleration import (
+    checkpoint_layers,
+    compile_layers,
+    is_compiled,
+    warn_without_c_compiler,
+)
 
 CONFIG = DITConfig(
     vocab_size=35, block_size=4, hidden_size=32, cond_dim=16, n_blocks=3, n_heads=2, dropout=0.0
@@ -105,6 +110,52 @@ def test_names_do_not_change():
     compile_layers(net)
     assert list(net.state_dict()) == names
     assert [name for name, _ in net.named_modules()] == [n for n, _ in network().named_modules()]
+
+
+@pytest.mark.parametrize("version", ["2.11", "2.13"])
+def test_layers_may_have_many_graphs_on_every_torch(monkeypatch, version):
+    """`torch.compile` of torch 2.11 knows no `recompile_limit`: compiled trainings died there."""
+    asked = []
+
+    def compile_2_11(model=None, *, fullgraph=False, dynamic=None, backend="inductor", mode=None,
+                     options=None, disable=False):  # fmt: skip
+        asked.append((fullgraph, dynamic))
+        return model
+
+    if version == "2.11":
+        monkeypatch.setattr(torch, "compile", compile_2_11)
+    with torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=500):
+        net = network()
+        compile_layers(net)
+        assert torch._dynamo.config.recompile_limit == 64
+        assert torch._dynamo.config.accumulated_recompile_limit == 500, "never less"
+    assert asked == [(True, False)] * (2 * len(net.blocks) if version == "2.11" else 0)
+
+
+def test_a_missing_c_compiler_is_named_early(monkeypatch, caplog):
+    """Triton builds with one, and says so at the first step, below a long traceback."""
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    monkeypatch.setenv("CC", "/opt/bin/cc")
+    monkeypatch.setenv("PATH", "")
+    warn_without_c_compiler(cuda)
+    monkeypatch.delenv("CC")
+    warn_without_c_compiler(cpu)
+    assert not caplog.messages
+    warn_without_c_compiler(cuda)
+    assert "Failed to find C compiler" in caplog.text and "install gcc" in caplog.text
+
+
+@pytest.mark.parametrize(("setting", "rows"), [("true", 4), ("auto", 0)])
+def test_compiled_validations_have_full_batches(compose, tmp_path, monkeypatch, setting, rows):
+    """The last batch is padded where shapes are compiled, and only there."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_how: function)
+    model = small_module.module(
+        compose, tmp_path, *ALGOS["bd3lm"],
+        f"training.compile={setting}", "loader.eval_batch_size=4",
+    )  # fmt: skip
+    trainer, _ = small_module.trainer(tmp_path)
+    trainer.validate(model, small_module.batches(1, batch_size=2), verbose=False)
+    assert model.losses.min_rows == rows
 
 
 @pytest.fixture

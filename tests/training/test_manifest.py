@@ -32,7 +32,8 @@ def start(compose, tmp_path, monkeypatch):
 def test_the_manifest_tells_what_a_run_was_made_of(start, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     first = start("trainer.max_steps=2")
-    assert first["versions"]["torch"] == torch.__version__
+    # Whether a package names its build, as in 2.11.0+cu130, depends on where it came from.
+    assert first["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert first["config"]["trainer"]["max_steps"] == 2 and first["world_size"] == 1
     assert first["git_commit"] == manifest.git_commit()
     rows = first["data"]
