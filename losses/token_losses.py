@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from losses.capacity import most_masks, shapes_are_fixed
 from losses.forward_process import FULL, ClipInterval, noise_values, q_xt, q_xt_within, sample_t
 from losses.objectives import ar_token_losses, diffusion_token_losses
 from models.denoiser import Denoiser
@@ -62,7 +63,7 @@ class TokenLosses:
         if self.denoiser.parameterization == "ar":
             return ar_token_losses(self.denoiser, x_0)
         x_t, values = self._add_noise(x_0, interval=interval, generator=generator)
-        return self._losses(x_0, x_t, values)
+        return self._losses(x_0, x_t, values, intervals=[interval])
 
     def on_all(
         self, x_0: Tensor, intervals: Sequence[ClipInterval]
@@ -82,14 +83,23 @@ class TokenLosses:
                 x_0.repeat(len(together), 1),
                 torch.cat([x_t for x_t, _ in noisy]),
                 NoiseValues.cat([values for _, values in noisy]),
+                intervals=together,
                 clean=clean,
             )
             losses |= zip(together, found.chunk(len(together)), strict=True)
         return losses
 
     def _losses(
-        self, x_0: Tensor, x_t: Tensor, values: NoiseValues, *, clean: CleanHalf | None = None
+        self,
+        x_0: Tensor,
+        x_t: Tensor,
+        values: NoiseValues,
+        *,
+        intervals: Sequence[ClipInterval],
+        clean: CleanHalf | None = None,
     ) -> Tensor:
+        """Of as many rows for each interval, one after the other."""
+        rows = len(x_0) // len(intervals), x_0.shape[1]
         return diffusion_token_losses(
             self.denoiser,
             x_0,
@@ -98,6 +108,22 @@ class TokenLosses:
             sigma_max=self.noise.sigma_max,
             pattern=self._pattern_of(x_0),
             clean=clean,
+            capacity=self._capacity(rows, intervals) if shapes_are_fixed(x_0.device) else None,
+        )
+
+    def _capacity(self, rows: tuple[int, int], intervals: Sequence[ClipInterval]) -> int:
+        """Room for the masks of (B, N) tokens on each of the intervals together."""
+        return sum(
+            most_masks(
+                self.noise,
+                interval,
+                rows=rows,
+                block_size=self.block_size,
+                antithetic=self.antithetic,
+                resample=self.resample,
+                mdlm_loss_scale=self.mdlm_loss_scale,
+            )
+            for interval in intervals
         )
 
     def _pattern_of(self, x_0: Tensor) -> AttentionPattern:

@@ -95,7 +95,7 @@ def _logits(
     logits = torch.nn.functional.linear(x, matrix, bias)
     logits = logits.to(torch.promote_types(x.dtype, torch.float32))
     if tokens.start <= excluded < tokens.stop:
-        logits[:, excluded - tokens.start] = NEG_INFINITY
+        logits[:, excluded - tokens.start].fill_(NEG_INFINITY)
     return logits
 
 
