@@ -276,6 +276,7 @@ class OutputLayer(nn.Module):
         super().__init__()
         self.norm_final = LayerNorm(config.hidden_size)
         self.linear = nn.Linear(config.hidden_size, config.vocab_size)
+        self.is_compiled = False  # see `training.acceleration`
         zeros = [self.linear]
         if config.adaln:
             self.adaLN_modulation = nn.Linear(config.cond_dim, 2 * config.hidden_size)
@@ -333,8 +334,9 @@ class OutputLayer(nn.Module):
             return called_target_scores(x, self.linear, targets=asked[0], excluded=asked[1])
         x = x.to(matmul_dtype(self.linear.weight))
         return target_scores(
-            x, self.linear.weight, self.linear.bias, targets=asked[0], excluded=asked[1]
-        )
+            x, self.linear.weight, self.linear.bias,
+            targets=asked[0], excluded=asked[1], is_compiled=self.is_compiled,
+        )  # fmt: skip
 
 
 class DIT(nn.Module):

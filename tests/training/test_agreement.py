@@ -134,8 +134,8 @@ def test_a_loss_is_logged_where_a_callback_ends_the_training(compose, tmp_path):
         limit_val_batches=0, val_check_interval=None,
     )  # fmt: skip
     reduce = trainer.strategy.reduce
-    trainer.strategy.reduce = lambda tensor, *args, **kw: reduced.append(float(tensor)) or reduce(
-        tensor, *args, **kw
+    trainer.strategy.reduce = lambda tensor, *args, **kw: (
+        reduced.append(float(tensor)) or reduce(tensor, *args, **kw)
     )
     trainer.fit(small_module.module(compose, tmp_path, "algo=ar"), small_module.batches(8))
     assert memory.values("trainer/loss") == pytest.approx(reduced[-1:])
