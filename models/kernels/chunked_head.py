@@ -129,10 +129,17 @@ def target_scores(
         form = form_for(x.device, is_compiled=is_compiled)
         if form is None:
             chunk = chunk or max(512, MAX_LOGITS // len(x))
-            return TargetScores(*_TargetScores.apply(x, weight, bias, targets, excluded, chunk))
+            return chunked_scores(x, weight, bias, targets, excluded=excluded, chunk=chunk)
         chunk = chunk or form.chunk(len(x), len(weight))
         scores = LargeTargetScores.apply(x, weight, bias, targets, excluded, chunk, form)
         return TargetScores(*scores)
+
+
+def chunked_scores(
+    x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, *, excluded: int, chunk: int
+) -> TargetScores:
+    """`target_scores` in the form for a CPU, wherever the tensors are."""
+    return TargetScores(*_TargetScores.apply(x, weight, bias, targets, excluded, chunk))
 
 
 def called_target_scores(

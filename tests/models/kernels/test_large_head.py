@@ -137,8 +137,8 @@ def test_a_gpu_has_few_large_operations():
 
     Compiled, what lies between the products are two kernels or three, which are not counted here.
     """
-    on_cpu = chunked_head._TargetScores.apply
-    small = calls(lambda *a: on_cpu(*a, 50257, max(512, MAX_LOGITS // 17408)))
+    chunk = max(512, MAX_LOGITS // 17408)
+    small = calls(lambda *a: chunked_head.chunked_scores(*a, excluded=50257, chunk=chunk))
     fused = Form(lambda _l, _c, *sums: sums, lambda logits, *_a: (logits, logits[0]), 2**28)
     numbers = {"cpu": small}
     for name, form in (("plain", PLAIN), ("compiled", fused)):
