@@ -197,9 +197,29 @@ class Diffusion(L.LightningModule):
         )  # fmt: skip
         size = len(losses)
         # Not prog_bar=True: Lightning would read it, and so wait for the GPU, after every batch.
-        self.log("trainer/loss", loss, on_step=True, sync_dist=True, batch_size=size)
+        # Not sync_dist=True: the processes would wait for one another after every batch.
+        self._shown, self._is_shown = loss.detach(), False
+        self._show_loss(batch_size=size)
         self.log("train/nll", self.train_nll, on_step=False, on_epoch=True, batch_size=size)
         return loss
+
+    def on_train_batch_end(
+        self, outputs: dict[str, Tensor], batch: dict[str, Tensor], batch_idx: int
+    ) -> None:
+        if self.trainer.should_stop and not self._is_shown:  # a callback has ended the training
+            self._show_loss(batch_size=len(batch["input_ids"]))
+
+    def _show_loss(self, *, batch_size: int) -> None:
+        """Log the loss: the mean of all processes where it is written down, else their own."""
+        trainer, shown = self.trainer, self._shown
+        # Lightning's own conditions.
+        self._is_shown = (
+            not trainer.fit_loop._should_accumulate()
+            and trainer._logger_connector.should_update_logs
+        )
+        if self._is_shown:
+            shown = trainer.strategy.reduce(shown.clone(), reduce_op="mean")
+        self.log("trainer/loss", shown, on_step=True, batch_size=batch_size)
 
     def optimizer_settings(self) -> dict[str, Any]:
         """The section `optim` under torch's names."""

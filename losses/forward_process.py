@@ -157,11 +157,7 @@ def q_xt_within(
             f"fraction within [{interval.low}, {interval.high}]; "
             "widen training.sampling_eps_min/max"
         )
-    count = torch.arange(counts.start, counts.stop, device=x_0.device, dtype=torch.float32)
-    size = count.new_full((), block_size)  # unlike a number from the CPU it waits for nothing
-    log_choose = size.add(1).lgamma() - count.add(1).lgamma() - (size - count).add(1).lgamma()
-    p = move_chance[..., None]
-    log_weight = log_choose + torch.xlogy(count, p) + torch.xlogy(size - count, 1 - p)
+    log_weight = count_log_weights(move_chance, counts=counts, block_size=block_size)
     # argmax of log weight + Gumbel noise is a draw in proportion to the weights.
     exponential = torch.empty_like(log_weight).exponential_(generator=generator)
     num_masked = (log_weight - exponential.log()).argmax(dim=-1) + counts.start  # (B, K)
@@ -172,8 +168,21 @@ def q_xt_within(
     return _mask(x_0, is_masked, mask_index=mask_index, ignore_bos=ignore_bos)
 
 
+def count_log_weights(move_chance: Tensor, *, counts: range, block_size: int) -> Tensor:
+    """log of the binomial probability of each number of masks in a block of L, for p of any shape.
+
+    Returns:
+        (..., number of counts); over fewer than all counts they do not sum to one.
+    """
+    p = move_chance[..., None]
+    count = torch.arange(counts.start, counts.stop, device=p.device, dtype=p.dtype)
+    size = count.new_full((), block_size)  # unlike a number from the CPU it waits for nothing
+    log_choose = size.add(1).lgamma() - count.add(1).lgamma() - (size - count).add(1).lgamma()
+    return log_choose + torch.xlogy(count, p) + torch.xlogy(size - count, 1 - p)
+
+
 def _mask(x_0: Tensor, is_masked: Tensor, *, mask_index: int, ignore_bos: bool) -> Tensor:
     if ignore_bos:
         is_masked = is_masked.clone()
-        is_masked[:, 0] = False
+        is_masked[:, 0].fill_(False)
     return torch.where(is_masked, mask_index, x_0)

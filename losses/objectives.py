@@ -1,7 +1,8 @@
 """Losses per token, from what the network says of clean tokens.
 
 Only masked positions carry loss in the diffusion objectives, so only their logits are computed, and
-never all of them at once.
+never all of them at once. How many there are is known to the device alone, and asking it would make
+the CPU wait: with a capacity nothing does.
 """
 
 import math
@@ -49,6 +50,7 @@ def diffusion_token_losses(
     sigma_max: float,
     pattern: AttentionPattern,
     clean: CleanHalf | None = None,
+    capacity: int | None = None,
 ) -> Tensor:
     """The NELBO's terms, one per token; zero where the token is not masked.
 
@@ -63,29 +65,47 @@ def diffusion_token_losses(
         pattern: `BLOCK_DIFFUSION` sees [x_t ; x_0], any other x_t alone.
         clean: of x_0, see `Denoiser.clean_half`; then the pass is over x_t alone, with x_0 and x_t
             of R times its rows.
+        capacity: at least the number of masks, see `losses.capacity`. None: they are counted, the
+            one thing here that waits for the device.
 
     Returns:
-        (B, N) float32.
+        (B, N) float32. With more masks than the capacity some are NaN: an error to be seen.
     """
     takes_both = pattern is AttentionPattern.BLOCK_DIFFUSION and clean is None
     masked = x_t == denoiser.mask_index
+    at = masked_positions(masked, capacity=capacity)
     sigma = (-torch.log1p(-values.move_chance)).clamp(max=sigma_max)
     scores = denoiser.target_scores(
         torch.cat((x_t, x_0), dim=1) if takes_both else x_t,
         sigma.squeeze(1) if sigma.shape[1] == 1 else sigma,
-        tokens=x_0[masked],
+        tokens=x_0.take(at),
         pattern=pattern,
         kv_cache=clean,
-        logits_at=masked,
-    )  # each (n_masked,)
-    scaling = values.loss_scaling.expand_as(x_0)[masked]
+        logits_at=at,
+    )  # each (n,)
+    scaling = values.loss_scaling.expand_as(x_0).take(at)
     if denoiser.parameterization == "sedd":
-        sigma = sigma.expand_as(x_0)[masked]
+        sigma = sigma.expand_as(x_0).take(at)
         entropy = score_entropy(scores, sigma=sigma, vocab_size=denoiser.backbone.config.vocab_size)
         terms = -scaling * torch.expm1(sigma) * entropy
     else:
         terms = scaling * scores.log_p
-    return terms.new_zeros(x_0.shape).masked_scatter(masked, terms)
+    if capacity is not None:
+        terms = terms.masked_fill(~masked.take(at), 0.0)
+        terms = terms.masked_fill(masked.sum() > capacity, torch.nan)
+    return terms.new_zeros(x_0.numel()).index_copy(0, at, terms).view_as(x_0)
+
+
+def masked_positions(masked: Tensor, *, capacity: int | None) -> Tensor:
+    """Where masks are, as positions in the flattened (B, N), which rise: (n_masked,) int64.
+
+    With a capacity (capacity,): tokens without a mask fill it up, behind the masks. No position
+    comes twice, so that gradients that are put back never meet.
+    """
+    flat = masked.flatten()
+    if capacity is None:
+        return flat.nonzero()[:, 0]
+    return (~flat).to(torch.uint8).argsort(stable=True)[:capacity]
 
 
 def masked_mean(losses: Tensor, *, mask: Tensor) -> Tensor:

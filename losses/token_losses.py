@@ -1,11 +1,12 @@
 """Fresh noise for clean rows, and the loss of each token under it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from losses.capacity import most_masks, shapes_are_fixed
 from losses.forward_process import FULL, ClipInterval, noise_values, q_xt, q_xt_within, sample_t
 from losses.objectives import ar_token_losses, diffusion_token_losses
 from models.denoiser import Denoiser
@@ -65,7 +66,7 @@ class TokenLosses:
         if self.denoiser.parameterization == "ar":
             return ar_token_losses(self.denoiser, self._padded(x_0))[: len(x_0)]
         noisy = self._add_noise(x_0, interval=interval, generator=generator)
-        return self._losses(x_0, [noisy])[0]
+        return self._losses(x_0, {interval: noisy})[interval]
 
     def on_all(
         self, x_0: Tensor, intervals: Sequence[ClipInterval]
@@ -80,30 +81,47 @@ class TokenLosses:
         clean, losses = self.denoiser.clean_half(self._padded(x_0)), {}
         for i in range(0, len(intervals), RANGES_AT_ONCE):
             together = intervals[i : i + RANGES_AT_ONCE]
-            noisy = [self._add_noise(x_0, interval=interval) for interval in together]
-            losses |= zip(together, self._losses(x_0, noisy, clean=clean), strict=True)
+            noisy = {interval: self._add_noise(x_0, interval=interval) for interval in together}
+            losses |= self._losses(x_0, noisy, clean=clean)
         return losses
 
     def _losses(
         self,
         x_0: Tensor,
-        noisy: Sequence[tuple[Tensor, NoiseValues]],
+        noisy: Mapping[ClipInterval, tuple[Tensor, NoiseValues]],
         *,
         clean: CleanHalf | None = None,
-    ) -> Sequence[Tensor]:
-        """Losses (B, N) under each of some draws of noise, all of them in one pass."""
+    ) -> dict[ClipInterval, Tensor]:
+        """Losses (B, N) under x_t and values of each interval, all of them in one pass."""
         rows = self._padded(x_0)
         added = rows[len(x_0) :]  # in which nothing is masked
+        capacity = None
+        if shapes_are_fixed(x_0.device):
+            capacity = sum(self._capacity(tuple(rows.shape), interval) for interval in noisy)
         found = diffusion_token_losses(
             self.denoiser,
             rows.repeat(len(noisy), 1),
-            x_t=torch.cat([part for x_t, _ in noisy for part in (x_t, added)]),
-            values=NoiseValues.cat([self._padded_values(values) for _, values in noisy]),
+            x_t=torch.cat([part for x_t, _ in noisy.values() for part in (x_t, added)]),
+            values=NoiseValues.cat([self._padded_values(values) for _, values in noisy.values()]),
             sigma_max=self.noise.sigma_max,
             pattern=self._pattern_of(x_0),
             clean=clean,
+            capacity=capacity,
         )
-        return [losses[: len(x_0)] for losses in found.chunk(len(noisy))]
+        parts = (losses[: len(x_0)] for losses in found.chunk(len(noisy)))
+        return dict(zip(noisy, parts, strict=True))
+
+    def _capacity(self, rows: tuple[int, int], interval: ClipInterval) -> int:
+        """Room for the masks of (B, N) tokens."""
+        return most_masks(
+            self.noise,
+            interval,
+            rows=rows,
+            block_size=self.block_size,
+            antithetic=self.antithetic,
+            resample=self.resample,
+            mdlm_loss_scale=self.mdlm_loss_scale,
+        )
 
     def _padded(self, x: Tensor) -> Tensor:
         """Rows (B, ...), and copies of the last one where there are fewer than `min_rows`."""

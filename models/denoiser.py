@@ -116,7 +116,7 @@ class Denoiser:
     def clean_half(self, x_0: Tensor) -> CleanHalf:
         """What passes over any x_t see of x_0 (B, N), for block diffusion without gradients."""
         clean = CleanHalf()
-        nowhere = torch.zeros_like(x_0, dtype=torch.bool)
+        nowhere = x_0.new_empty(0)  # positions, of which there are none
         block_causal = AttentionPattern.BLOCK_CAUSAL
         self.logits(x_0, pattern=block_causal, kv_cache=clean, logits_at=nowhere)
         clean.commit()

@@ -282,6 +282,7 @@ class OutputLayer(nn.Module):
         super().__init__()
         self.norm_final = LayerNorm(config.hidden_size)
         self.linear = nn.Linear(config.hidden_size, config.vocab_size)
+        self.is_compiled = False  # see `training.acceleration`
         zeros = [self.linear]
         if config.adaln:
             self.adaLN_modulation = nn.Linear(config.cond_dim, 2 * config.hidden_size)
@@ -296,6 +297,22 @@ class OutputLayer(nn.Module):
             return IDENTITY
         return Modulation(*self.adaLN_modulation(condition).chunk(2, dim=-1), None)
 
+    def modulation_at(
+        self, positions: Tensor, condition: Tensor | None, *, shape: torch.Size
+    ) -> Modulation:
+        """The same at positions (n,) in the flattened (B, T), which `shape` begins with.
+
+        Each part is (n, D) or, where sigma is one for all, one row for all. A sigma per row makes
+        as many products as there are rows, not as there are positions.
+        """
+        if condition is None or condition.shape[:2] == (1, 1):
+            return self.modulation(condition)
+        if condition.shape[1] > 1:
+            condition = condition.expand(*shape[:2], -1).flatten(0, 1)
+            return self.modulation(condition.index_select(0, positions))
+        of_rows = self.adaLN_modulation(condition[:, 0]).index_select(0, positions // shape[1])
+        return Modulation(*of_rows.chunk(2, dim=-1), None)
+
     def forward(
         self,
         x: Tensor,
@@ -304,15 +321,18 @@ class OutputLayer(nn.Module):
         logits_at: Tensor | None = None,
         target: Target | None = None,
     ) -> Tensor | TargetScores:
-        """(B, T, D) -> (B, T, V), or (n_selected, V) for a boolean `logits_at` (B, T).
+        """(B, T, D) -> (B, T, V), or (n_selected, V) with `logits_at`, see `DIT.forward`.
 
         With a target, the scores of its tokens at these positions instead.
         """
-        if logits_at is not None:
-            x = x[logits_at]
-            if condition is not None:
-                condition = condition.expand(*logits_at.shape, -1)[logits_at]
-        x = self.norm_final(x, self.modulation(condition))
+        if logits_at is None:
+            modulation = self.modulation(condition)
+        else:
+            if logits_at.dtype == torch.bool:
+                logits_at = logits_at.flatten().nonzero()[:, 0]  # waits for the device, once
+            modulation = self.modulation_at(logits_at, condition, shape=x.shape)
+            x = x.flatten(0, 1).index_select(0, logits_at)
+        x = self.norm_final(x, modulation)
         if target is None:
             return self.linear(x)
         x, asked = x.flatten(0, -2), (target.tokens.flatten(), target.excluded)
@@ -320,8 +340,9 @@ class OutputLayer(nn.Module):
             return called_target_scores(x, self.linear, targets=asked[0], excluded=asked[1])
         x = x.to(matmul_dtype(self.linear.weight))
         return target_scores(
-            x, self.linear.weight, self.linear.bias, targets=asked[0], excluded=asked[1]
-        )
+            x, self.linear.weight, self.linear.bias,
+            targets=asked[0], excluded=asked[1], is_compiled=self.is_compiled,
+        )  # fmt: skip
 
 
 class DIT(nn.Module):
@@ -360,7 +381,8 @@ class DIT(nn.Module):
                 `BLOCK_DIFFUSION` the clean half, and `indices` are x_t alone, T = N.
             positions: rotary positions (T,) or (B, T); by default they count on from the cache,
                 and both halves of `BLOCK_DIFFUSION` count from 0.
-            logits_at: boolean (B, N), compute logits only there.
+            logits_at: compute logits only there: boolean (B, N), or positions (n_selected,) int64
+                in the flattened (B, N), which nobody has to count.
             target: return the scores of these tokens instead, without holding all logits.
 
         Returns:

@@ -5,9 +5,8 @@ Both replace methods of single layers and no module, so that the names of weight
 Layers are compiled, not the network: all of them share two graphs, so the time that compiling takes
 does not grow with their number, and the kernels are those of a whole graph. Attention stays outside
 of the graphs. FlexAttention compiles itself, the CPU's slices and SDPA are single operators, and
-their masks come out of a cache that a compiler would not know and build in every step. Outside are
-also the head and the loss, which have as many rows as there are masked tokens: other shapes in
-every step.
+their masks come out of a cache that a compiler would not know and build in every step. Of the head
+it is what lies between its matrix products, and on a GPU alone (`models.kernels.large_head`).
 """
 
 import functools
@@ -50,6 +49,7 @@ def compile_layers(network: DIT) -> None:
     for block in network.blocks:
         if "project" not in vars(block):
             block.project, block.add = compiled(block.project), compiled(block.add)
+    network.output_layer.is_compiled = True
 
 
 def checkpoint_layers(network: DIT) -> None:

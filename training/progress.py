@@ -41,7 +41,8 @@ class ProgressBar(RichProgressBar):
         return f"Epoch {current_epoch}"
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        if trainer.global_step % trainer.log_every_n_steps == 0:
+        is_step = not trainer.fit_loop._should_accumulate()
+        if is_step and trainer.global_step % trainer.log_every_n_steps == 0:
             self._loss = {"loss": float(trainer.callback_metrics["trainer/loss"])}
         super().on_train_batch_end(trainer, *args)
 
@@ -57,9 +58,9 @@ class PlainProgress(LightningProgressBar):
     """Writes lines to the log, on the first process (a progress bar: or Lightning adds its own).
 
     - A line every `trainer.log_every_n_steps` optimizer steps, and after `LONGEST_SILENCE` without
-      one. The loss is that of the last batch, the mean of all processes; the learning rate that of
-      the next step. Tokens per second are a mean since the line before and leave validations out,
-      the time left does not.
+      one. The loss is that of the last batch, the mean of all processes (after a silence that of
+      the first, no step waits for the others); the learning rate that of the next step. Tokens per
+      second are a mean since the line before and leave validations out, the time left does not.
     - A line after each validation, and one after each `LONGEST_SILENCE` in it. Batches are those of
       the first process.
     """

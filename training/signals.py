@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_only
 
+from training.agreement import Question
 from training.callbacks import LastCheckpoint
 from utils import get_logger
 
@@ -206,7 +207,8 @@ class StopOnSignal(Checkpoint):
 
     After a step last.ckpt is written, and training ends once the step is logged. Within a
     validation last.ckpt holds the state from before it, and it is repeated. All processes stop if
-    any of them was signalled. (A `Checkpoint`: Lightning calls those after all other callbacks.)
+    any of them was signalled, a step later: none waits to hear of the others. (A `Checkpoint`:
+    Lightning calls those after all other callbacks.)
 
     Args:
         signals: what has been received.
@@ -219,6 +221,7 @@ class StopOnSignal(Checkpoint):
         self._step = 0
         self._shared_batches = 0
         self._is_saved = False
+        self._question: Question | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.signals.is_patient = True
@@ -273,11 +276,15 @@ class StopOnSignal(Checkpoint):
         self.signals.is_patient = False
 
     def _is_told_to_stop(self, trainer: L.Trainer) -> bool:
-        """Whether any process was signalled; all then know by what, its own may come later."""
+        """Whether any process was signalled; all then know by what, its own may come later.
+
+        Several processes are told what they asked the last time, so that all stop at one step.
+        """
         signum = self.signals.received or 0
         if trainer.world_size > 1:
-            told = torch.tensor(float(signum), device=trainer.strategy.root_device)
-            signum = int(trainer.strategy.reduce(told, reduce_op="max"))
+            asked = self._question
+            self._question = Question(signum, device=trainer.strategy.root_device)
+            signum = 0 if asked is None else asked.highest()
         self.signals.received = self.signals.received or signum or None
         return signum > 0
 

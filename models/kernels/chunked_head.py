@@ -4,6 +4,8 @@ Cross-entropy and score entropy both come from two numbers per position: the log
 token, and the log of the sum of all exponentials. They are computed for a part of the vocabulary at
 a time, in the forward pass and again in the backward pass. So each row of the weights' gradient is
 written once.
+
+This is the form for a CPU, in chunks for its cache; a GPU takes that of `large_head`.
 """
 
 from collections.abc import Iterator
@@ -13,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .large_head import NEG_INFINITY, LargeTargetScores, form_for
+
 # Logits at a time: small enough for memory that is used again and again, see `keep_freed_memory`.
 MAX_LOGITS = 2**22
-# Stands for minus infinity where arithmetic with infinities would make NaN.
-NEG_INFINITY = -1e6
 
 
 class TargetScores(NamedTuple):
@@ -95,7 +97,7 @@ def _logits(
     logits = torch.nn.functional.linear(x, matrix, bias)
     logits = logits.to(torch.promote_types(x.dtype, torch.float32))
     if tokens.start <= excluded < tokens.stop:
-        logits[:, excluded - tokens.start] = NEG_INFINITY
+        logits[:, excluded - tokens.start].fill_(NEG_INFINITY)
     return logits
 
 
@@ -108,6 +110,7 @@ def target_scores(
     targets: Tensor,
     excluded: int,
     chunk: int | None = None,
+    is_compiled: bool = False,
 ) -> TargetScores:
     """Logit of a token and log-sum of all, for each position.
 
@@ -116,15 +119,28 @@ def target_scores(
         weight, bias: (V, D) and (V,).
         targets: ids (n,) int64.
         excluded: id of a token that has no probability: the mask.
-        chunk: tokens of the vocabulary at a time; no result depends on it. None: as many as make
-            `MAX_LOGITS`.
+        chunk: tokens of the vocabulary at a time; no result depends on it. None: as many as suit
+            the device.
+        is_compiled: on a GPU, compile what is not a matrix product.
     """
     if len(x) == 0:  # zero times the sums keeps the gradients defined
         empty = x.sum(dim=-1) + 0 * (weight.sum() + bias.sum())
         return TargetScores(empty.float(), empty.float())
-    chunk = chunk or max(512, MAX_LOGITS // len(x))
     with torch.autocast(x.device.type, enabled=False):
-        return TargetScores(*_TargetScores.apply(x, weight, bias, targets, excluded, chunk))
+        form = form_for(x.device, is_compiled=is_compiled)
+        if form is None:
+            chunk = chunk or max(512, MAX_LOGITS // len(x))
+            return chunked_scores(x, weight, bias, targets, excluded=excluded, chunk=chunk)
+        chunk = chunk or form.chunk(len(x), len(weight))
+        scores = LargeTargetScores.apply(x, weight, bias, targets, excluded, chunk, form)
+        return TargetScores(*scores)
+
+
+def chunked_scores(
+    x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, *, excluded: int, chunk: int
+) -> TargetScores:
+    """`target_scores` in the form for a CPU, wherever the tensors are."""
+    return TargetScores(*_TargetScores.apply(x, weight, bias, targets, excluded, chunk))
 
 
 def called_target_scores(

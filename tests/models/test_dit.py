@@ -103,6 +103,39 @@ def test_logits_at_with_sigma_per_position():
     torch.testing.assert_close(found, full[at], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("sigma_shape", [None, (3,), (3, 8)])
+@torch.no_grad()
+def test_positions_select_what_a_mask_does(sigma_shape):
+    """Integers, of which nobody need count how many there are."""
+    network, tokens = small_dit(), random_tokens(3, 8)
+    at = torch.rand(3, 8, generator=torch.Generator().manual_seed(1)) < 0.5
+    sigma = None
+    if sigma_shape is not None:
+        sigma = torch.rand(sigma_shape, generator=torch.Generator().manual_seed(0))
+    full = network(tokens, sigma, pattern=P.FULL)
+    for selection in (at, at.flatten().nonzero()[:, 0]):
+        found = network(tokens, sigma, pattern=P.FULL, logits_at=selection)
+        torch.testing.assert_close(found, full[at], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("sigma", "rows"), [(None, 1), (torch.tensor([0.3, 1.0, 2.0]), 3)])
+def test_modulation_has_as_many_products_as_there_are_sigmas(sigma, rows):
+    """One row for all became as many rows as there are masks, each with a product of its own.
+
+    Gradients then had to be put back together, sorted, into the one row that they came from.
+    """
+    network, tokens, seen = small_dit(), random_tokens(3, 8), []
+    last = network.output_layer.adaLN_modulation
+    last.register_forward_hook(lambda _m, args, _o: seen.append(args[0].shape[:-1].numel()))
+    at = torch.arange(0, 24, 2)
+    logits = network(tokens, sigma, pattern=P.FULL, logits_at=at)
+    assert seen == [rows]
+    (gradient,) = torch.autograd.grad(logits.square().sum(), last.weight)
+    full = network(tokens, sigma, pattern=P.FULL).flatten(0, 1)[at]
+    (expected,) = torch.autograd.grad(full.square().sum(), last.weight)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
+
+
 @torch.no_grad()
 def test_no_sigma_is_sigma_zero():
     network, tokens = small_dit(), random_tokens(3, 8)

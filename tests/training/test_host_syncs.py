@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from losses import token_losses
 from tests.helpers import small_module
 from tests.helpers.small_run import ALGOS
 from training.callbacks import EMACallback
@@ -17,10 +18,14 @@ from training.throughput import Throughput
 
 # Reading a number (`item`, `float`, `bool`), and finding out how many elements a mask selects.
 READS, SELECTIONS = "_local_scalar_dense", ("nonzero", "masked_select")
+# These look for the elements of a mask where an index is boolean.
+INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index")
+# A number or a list becomes a tensor: a copy to a GPU, from memory that the CPU must wait for.
+UPLOADS = "lift_fresh"
 
 
 class Operations(TorchDispatchMode):
-    """Counts the operations that wait; `index` does where an index is boolean."""
+    """Counts the operations that wait."""
 
     def __init__(self):
         super().__init__()
@@ -28,9 +33,10 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
-        if name in (READS, *SELECTIONS):
+        if name in (READS, UPLOADS):
             self.seen[name] += 1
-        elif name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1]):
+        indices = [i for i in args[1] if i is not None] if name in INDEXING else []
+        if name in SELECTIONS or any(index.dtype == torch.bool for index in indices):
             self.seen["nonzero"] += 1
         return function(*args, **(kwargs or {}))
 
@@ -51,20 +57,31 @@ class PerStep(L.Callback):
 
 
 def counted_steps(
-    compose, folder: Path, *changes: str, progress: type[L.Callback] = ProgressBar
+    compose,
+    folder: Path,
+    *changes: str,
+    progress: type[L.Callback] = ProgressBar,
+    batches: int = 8,
 ) -> list[Counter[str]]:
-    """Of steps 0 to 6, with a logging interval of 4: numbers are read after step 3."""
+    """Of all steps but the last, with a logging interval of 4: numbers are read after step 3."""
     model = small_module.module(compose, folder, *changes)
     operations = Operations()
     count = PerStep(operations)
     callbacks = [count, progress(), EMACallback(0.9), NanGuard(str(folder)), Throughput()]
     trainer, _ = small_module.trainer(
-        folder, callbacks=callbacks, steps=8, log_every_n_steps=4, limit_val_batches=0,
+        folder, callbacks=callbacks, steps=batches, log_every_n_steps=4, limit_val_batches=0,
         val_check_interval=None, gradient_clip_val=1.0, enable_progress_bar=True,
     )  # fmt: skip
     with operations:
-        trainer.fit(model, small_module.batches(8))
+        trainer.fit(model, small_module.batches(batches))
     return count.between
+
+
+def changes_of(algo: str) -> list[str]:
+    if algo != "resample":
+        return ALGOS[algo]
+    return [*ALGOS["bd3lm"], "training.resample=true", "training.sampling_eps_min=0.3",
+            "training.sampling_eps_max=0.8"]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -74,17 +91,21 @@ def counted_steps(
 )
 def test_no_step_reads_a_number(compose, tmp_path, algo, progress):
     """Lightning read the loss after every step, for the progress bar and beside it."""
-    changes = ALGOS["bd3lm"] if algo == "resample" else ALGOS[algo]
-    if algo == "resample":
-        changes = [*changes, "training.resample=true", "training.sampling_eps_min=0.3",
-                   "training.sampling_eps_max=0.8"]  # fmt: skip
-    steps = counted_steps(compose, tmp_path, *changes, progress=progress)
+    steps = counted_steps(compose, tmp_path, *changes_of(algo), progress=progress)
     reads = [step[READS] for step in steps]
     assert reads[3] > 0, "the interval: what is counted is what is read"
     assert reads[:3] + reads[4:] == [0] * 6
 
 
-def test_a_step_waits_for_its_number_of_masked_tokens(compose, tmp_path):
-    """What is left, and why: as many logits are computed as there are masks, ar has none."""
-    assert not any(step["nonzero"] for step in counted_steps(compose, tmp_path, *ALGOS["ar"]))
-    assert all(step["nonzero"] for step in counted_steps(compose, tmp_path, *ALGOS["bd3lm"]))
+@pytest.mark.parametrize("algo", ["ar", "bd3lm", "mdlm", "sedd", "resample"])
+def test_a_step_waits_for_no_number_of_masked_tokens(compose, tmp_path, monkeypatch, algo):
+    """As many logits were computed as there are masks, and each of seven operations counted them.
+
+    On a GPU there is room for a number that is known beforehand; on a CPU they are counted once.
+    """
+    for is_fixed, most in ((False, int(algo != "ar")), (True, 0)):
+        monkeypatch.setattr(token_losses, "shapes_are_fixed", lambda _device, on=is_fixed: on)
+        folder = tmp_path / str(is_fixed)
+        steps = counted_steps(compose, folder, *changes_of(algo), batches=4)
+        assert [step["nonzero"] for step in steps] == [most] * 3
+        assert not any(step[UPLOADS] for step in steps[1:]), "nor for a copy of a number"

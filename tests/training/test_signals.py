@@ -76,6 +76,8 @@ def test_a_slurm_job_is_requeued(tmp_path, scontrol):
 def test_two_processes_stop_together(tmp_path, scontrol):
     """One of them is told; both finish the step, and the other one requeues the job.
 
+    What they asked one another after the step they read in the validation that follows it.
+
     Signals reach nodes at different times: where the first process had none yet when it stopped,
     the job was not requeued.
     """
