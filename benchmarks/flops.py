@@ -69,9 +69,14 @@ def _layer(tokens: int, *, dim: int, seen: float) -> float:
     return 24 * tokens * dim**2 + 4 * dim * seen
 
 
-def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of one large square matrix product, the best of several tries."""
-    size, tries = (8192, 20) if device.type == "cuda" else (4096, 3)
+def matmul_peak(device: torch.device, dtype: torch.dtype, *, size: int | None = None) -> float:
+    """FLOP/s of one large square matrix product, the best of several tries; of a smaller one too.
+
+    Args:
+        size: of the matrices; None: large for the device.
+    """
+    largest, tries = (8192, 20) if device.type == "cuda" else (4096, 3)
+    size = size or largest
     a = torch.randn(size, size, device=device).to(dtype)
     b = torch.randn(size, size, device=device).to(dtype)
     seconds = []
