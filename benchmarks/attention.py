@@ -62,8 +62,8 @@ class Row:
 
     name: str
     block_size: int
-    milliseconds: float | None = None  # forward and backward; on a CPU forward
-    forward_ms: float | None = None
+    seconds: float | None = None  # forward and backward; on a CPU forward
+    forward_seconds: float | None = None
     error: float | None = None
     gradient_error: float | None = None
     failed: str | None = None
@@ -212,10 +212,10 @@ def measure(
     row.error, row.gradient_error = errors[0], max(errors[1:], default=None)
     times = arguments.times
     seconds_of(step, device, times=1)
-    row.milliseconds = 1e3 * seconds_of(step, device, times=times)
+    row.seconds = seconds_of(step, device, times=times)
     with torch.no_grad():
         attend(*qkv)  # without gradients it is compiled anew
-        row.forward_ms = 1e3 * seconds_of(lambda: attend(*qkv), device, times=times)
+        row.forward_seconds = seconds_of(lambda: attend(*qkv), device, times=times)
     return row
 
 
@@ -243,7 +243,8 @@ def print_rows(rows: list[Row], where: dict, *, title: str) -> None:
     for heading in ("variant", "L", "ms", "forward ms", "error", "of gradients"):
         table.add_column(heading, justify="left" if heading == "variant" else "right")
     for row in rows:
-        figures = [row.milliseconds, row.forward_ms, row.error, row.gradient_error]
+        times = [None if x is None else 1e3 * x for x in (row.seconds, row.forward_seconds)]
+        figures = [*times, row.error, row.gradient_error]
         cells = ["" if x is None else f"{x:.3g}" for x in figures]
         name = row.name if row.failed is None else f"{row.name}: {row.failed}"
         table.add_row(name, str(row.block_size), *cells)

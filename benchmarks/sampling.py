@@ -312,11 +312,16 @@ def main(words: Sequence[str] | None = None) -> None:
         f"{arguments.precision}"
     )
     rows, failed = [], {}
-    for row in rows_of(arguments, failed=failed):
-        rows.append(row)
+
+    def write() -> None:
         if arguments.json is not None:
             record = {"title": title, "rows": [asdict(row) for row in rows], "failed": failed}
             write_json(arguments.json, where | record)
+
+    for row in rows_of(arguments, failed=failed):
+        rows.append(row)
+        write()
+    write()  # what has failed since
     if arguments.texts:
         print_texts(rows)
     else:
