@@ -35,7 +35,8 @@ BUDGET = 480  # seconds of all parts together
 KILL_AFTER = 10  # seconds that a command has to end by itself at its limit
 # What compilers say when they give up on a function, and what ours say when they do without.
 GAVE_UP = re.compile(
-    r"(recompile|cache_size|accumulated_cache_size)_?limit|RecompileLimit|fall(s|ing)?[ -]?back",
+    r"(recompile|cache_size)_?limit|RecompileLimit|fall(s|ing)?[ -]?back"
+    r"|shapes, which is the limit|no further ones will be|No C compiler",
     flags=re.IGNORECASE,
 )
 ENVIRONMENT = {"PYTHONUNBUFFERED": "1"}

@@ -144,6 +144,7 @@ class TestFigures:
     @pytest.mark.parametrize("line", [
         "W torch._dynamo hit config.recompile_limit (8)", "FailOnRecompileLimitHit: add",
         "torch._dynamo hit config.cache_size_limit (8)", "flex: falling back to dense scores",
+        "FlexAttention was compiled for 64 shapes, which is the limit; SDPA, slower, computes",
     ])  # fmt: skip
     def test_a_compiler_that_gave_up(self, training, line):
         with pytest.raises(Unexpected, match="gave up"):
