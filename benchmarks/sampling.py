@@ -103,7 +103,7 @@ def time_products(denoise: Denoiser, *, batch_size: int, block_size: int) -> flo
         for layer, x in pairs:
             layer(x)
         if device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - began)
     return min(seconds)
 
@@ -116,7 +116,7 @@ def time_steps(
 
     def stamp(_tokens: torch.Tensor) -> None:
         if canvas.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(canvas.device)
         stamps.append(time.perf_counter())
 
     generators = [torch.Generator(canvas.device).manual_seed(row) for row in range(len(canvas))]
@@ -230,7 +230,7 @@ def rows_of(
                     block_size=arguments.block_size,
                     device=arguments.device,
                     dtype=torch.bfloat16 if is_bf16 else torch.float32,
-                    packs=compiled == "false",
+                    packs=compiled != "true",
                 )
                 with (
                     torch.no_grad(),
