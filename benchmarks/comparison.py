@@ -60,6 +60,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                         help="profile so many more steps, and what they launch")  # fmt: skip
     parser.add_argument("--peak-size", type=int,
                         help="of the matrix product that is called the peak")  # fmt: skip
+    parser.add_argument("--overrides", nargs="*", default=[], metavar="KEY=VALUE",
+                        help="more of the configuration, as main.py takes it")  # fmt: skip
     parser.add_argument("--json", type=Path, help="write the figures here too")
 
 
@@ -85,7 +87,11 @@ def jobs_of(arguments: argparse.Namespace, *, work: str) -> dict[str, Job]:
         for key in ("algo", "model", "length", "block_size", "batch_size", "device", "warmup",
                     "steps")
     }  # fmt: skip
-    shared |= {"profiled": arguments.profile, "peak_size": arguments.peak_size}
+    shared |= {
+        "profiled": arguments.profile,
+        "peak_size": arguments.peak_size,
+        "overrides": tuple(arguments.overrides),
+    }
     jobs = {}
     varied = {
         "precision": arguments.precision,

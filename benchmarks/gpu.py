@@ -42,6 +42,7 @@ GAVE_UP = re.compile(
 ENVIRONMENT = {"PYTHONUNBUFFERED": "1"}
 # A rehearsal tries command lines, not compilers, which take minutes on a CPU.
 ENVIRONMENT_OF_REHEARSAL = {"TORCHDYNAMO_DISABLE": "1"}
+SMALLEST = ("model.hidden_size=32", "model.n_heads=2", "model.n_blocks=2", "model.cond_dim=16")
 Words = tuple[str, ...]
 
 
@@ -137,10 +138,10 @@ def head(place: Place) -> list[Command]:
 
 def sampling(place: Place) -> list[Command]:
     """Sampling with the KV cache, as it is written, as CUDA graphs and compiled."""
-    sizes = ("--model", "tiny", "--length", "32") if place.is_tiny else ()
+    sizes = ("--model", "tiny", "--block-size", "4") if place.is_tiny else ()
     modes = ("--compile", "false", "graphs", "true")
     shared = ("-m", "benchmarks.sampling", "--device", place.device, *sizes, *modes)
-    precision = ("--precision", "float32") if place.is_tiny else ()
+    precision = ("--precision", "float32", "--length", "8") if place.is_tiny else ()
     batches = ("--batch-size", "1", "2" if place.is_tiny else "64")
     return [
         Command(name="sampling", figures=sampling_figures,
@@ -148,7 +149,7 @@ def sampling(place: Place) -> list[Command]:
         # Two seeds, in float32: in bf16 other kernels round otherwise, and texts go other ways.
         Command(name="same_texts", figures=same_texts,
                 words=(*shared, "--batch-size", "2", "--precision", "float32", "--texts",
-                       "--length", "32" if place.is_tiny else "128",
+                       "--length", "8" if place.is_tiny else "128",
                        "--json", place.json("same_texts"))),
     ]  # fmt: skip
 
@@ -174,7 +175,7 @@ def rest(place: Place) -> list[Command]:
     evaluation = _options(place, "16", "--algo", "bd3lm", "--against", "reference")
     minute = [
         *_training(place, "minute"), "then=[sample_eval]",
-        "trainer.max_steps=8" if place.is_tiny else "trainer.max_time=00:00:01:00",
+        "trainer.max_steps=30" if place.is_tiny else "trainer.max_time=00:00:01:00",
     ]  # fmt: skip
     minute += [] if place.is_tiny else ["trainer.max_steps=100000", "sampling.num_sample_batches=1"]
     return [
@@ -225,7 +226,7 @@ def _options(place: Place, batch_size: str, *more: str, block_size: str = "16") 
         sizes = ("--model", "tiny", "--length", "16", "--block-size", block_size,
                  "--batch-size", "2", "--precision", "float32", "--compile", "false",
                  "--warmup", "1", "--steps", "1", "--rounds", "1",
-                 "--peak-size", "256")  # fmt: skip
+                 "--peak-size", "256", "--overrides", *SMALLEST)  # fmt: skip
     return ("--device", place.device, *sizes, *more)
 
 
@@ -288,7 +289,7 @@ def training_figures(place: Place, name: str) -> str:
     with metrics.open(newline="") as file:
         rows = list(csv.DictReader(file))
     losses = [float(row["trainer/loss"]) for row in rows if row.get("trainer/loss")]
-    rates = [row["trainer/tokens_per_second"] for row in rows]
+    rates = [row.get("trainer/tokens_per_second") for row in rows]
     rates = [float(rate) for rate in rates if rate]
     log = (place.results / f"{name}.log").read_text(errors="replace")
     recompiles = len(re.findall(r"Recompiling function", log))
@@ -330,9 +331,13 @@ def same_texts(place: Place, name: str) -> str:
 def variants(place: Place, name: str) -> str:
     """Time of each variant, the fastest first."""
     record = read_json(place, name)
-    times = {row["name"]: row["seconds"] for row in record["rows"] if row["seconds"] is not None}
-    fastest = sorted(times, key=times.get)
-    return "; ".join(f"{each} {times[each] * 1e3:.3g} ms" for each in fastest)
+    rows = [row for row in record["rows"] if row["seconds"] is not None]
+    rows.sort(key=lambda row: row["seconds"])
+    texts = []
+    for row in rows:
+        blocks = f", L = {row['block_size']}" if "block_size" in row else ""
+        texts.append(f"{row['name']}{blocks} {row['seconds'] * 1e3:.3g} ms")
+    return "; ".join(texts)
 
 
 def _failures(place: Place, name: str) -> str:

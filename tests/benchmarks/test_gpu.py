@@ -171,9 +171,9 @@ class TestFigures:
             "1,200 launches and 7 waits per step"
         )
         rows = [{"name": "a", "seconds": 0.002}, {"name": "b", "seconds": None},
-                {"name": "c", "seconds": 0.001}]  # fmt: skip
+                {"name": "c", "seconds": 0.001, "block_size": 4}]  # fmt: skip
         (place.results / "one.json").write_text(json.dumps({"rows": rows}))
-        assert gpu.variants(place, "one") == "c 1 ms; a 2 ms"
+        assert gpu.variants(place, "one") == "c, L = 4 1 ms; a 2 ms"
 
 
 class TestSampling:
