@@ -12,12 +12,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import description
+from benchmarks.machine import description, write_json
 from benchmarks.measure import DTYPES, JobFailed, Result, measure_apart
 from benchmarks.sampling import MODELS
 from benchmarks.steps import Job
 from models.attention import BACKENDS
-from utils import json_text
 
 ALGOS = ("ar", "mdlm", "sedd", "bd3lm")
 WIDTH = 110  # of a table: a narrower one would cut figures off
@@ -58,6 +57,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=10 if has_gpu else 2, help="per round")
     parser.add_argument("--rounds", type=int, default=1 if has_gpu else 2,
                         help="how often all rows are timed, in turns")  # fmt: skip
+    parser.add_argument("--profile", type=int, default=0, metavar="STEPS",
+                        help="profile so many more steps, and what they launch")  # fmt: skip
+    parser.add_argument("--peak-size", type=int,
+                        help="of the matrix product that is called the peak")  # fmt: skip
+    parser.add_argument("--overrides", nargs="*", default=[], metavar="KEY=VALUE",
+                        help="more of the configuration, as main.py takes it")  # fmt: skip
     parser.add_argument("--json", type=Path, help="write the figures here too")
 
 
@@ -83,6 +88,11 @@ def jobs_of(arguments: argparse.Namespace, *, work: str) -> dict[str, Job]:
         for key in ("algo", "model", "length", "block_size", "batch_size", "vocab_size",
                     "device", "warmup", "steps")
     }  # fmt: skip
+    shared |= {
+        "profiled": arguments.profile,
+        "peak_size": arguments.peak_size,
+        "overrides": tuple(arguments.overrides),
+    }
     jobs = {}
     varied = {
         "precision": arguments.precision,
@@ -178,7 +188,7 @@ def compare(
         f"batch {arguments.batch_size}, compile={arguments.compile}"
     )
     jobs = jobs_of(arguments, work=work)
-    rows = []
+    rows, results = [], {}
     for results in run_rounds(jobs, rounds=arguments.rounds):
         rows = figures(jobs, results)
         full = [
@@ -188,12 +198,8 @@ def compare(
         if arguments.json is not None:
             write_json(arguments.json, where | {"title": title, "rows": full})
     print_figures(rows, where, title=title, batches=batches)
-
-
-def write_json(path: Path, record: dict) -> None:
-    """Write a record, into a folder that need not exist."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json_text(record, indent=2) + "\n")
+    for row in rows:
+        print_profile(row.name, results[row.name].profile)
 
 
 def print_figures(
@@ -225,3 +231,23 @@ def print_figures(
             cells.insert(1, f"{row.seconds * batches:,.3g}")
         table.add_row(row.name, *cells)
     Console(width=WIDTH).print(table)
+
+
+def print_profile(name: str, profile: dict | None) -> None:
+    """What one row's steps made the device do, where they were profiled."""
+    if profile is None:
+        return
+    waits = ", ".join(f"{n:g} {wait}" for wait, n in profile["waits"].items()) or "none"
+    console = Console(width=WIDTH)
+    console.print(
+        f"{name}, per step: {profile['launches']:,.0f} launches, waits: {waits}, "
+        f"kernels {profile['busy_ms']:,.1f} ms; the slowest:",
+        highlight=False,
+    )
+    table = Table()
+    table.add_column("kernel", overflow="fold")
+    for heading in ("ms", "calls"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for kernel, milliseconds, calls in profile["slowest"]:
+        table.add_row(kernel, f"{milliseconds:.3g}", f"{calls:g}")
+    console.print(table)

@@ -48,30 +48,53 @@ def forward_flops(
         length: N.
         interval: the range of t, with p = t.
     """
-    dim, n_layers, block = config.hidden_size, config.n_blocks, config.block_size
-    head = 2 * dim * config.vocab_size
-    if algo == "ar":
-        seen = (length - 1) * length / 2
-        layers = n_layers * _layer(length - 1, dim=dim, seen=seen)
-        return ForwardFlops(layers + head * (length - 1), 0.0)
-    head *= (length - 1) * (interval.low + interval.high) / 2
-    num_blocks = length // block
-    if algo != "bd3lm" or num_blocks == 1:
-        return ForwardFlops(n_layers * _layer(length, dim=dim, seen=length**2) + head, 0.0)
-    pairs = block**2 * num_blocks / 2
-    seen_by_noisy = length * block + pairs * (num_blocks - 1)
-    noisy = n_layers * _layer(length, dim=dim, seen=seen_by_noisy)
-    clean = (n_layers - 1) * _layer(length, dim=dim, seen=pairs * (num_blocks + 1))
+    dim, n_layers = config.hidden_size, config.n_blocks
+    head = 2 * dim * config.vocab_size * scored_tokens(algo=algo, length=length, interval=interval)
+    seen = visible_pairs(algo=algo, length=length, block_size=config.block_size)
+    tokens = length - 1 if algo == "ar" else length
+    noisy = n_layers * _layer(tokens, dim=dim, seen=seen.noisy)
+    if not seen.clean:
+        return ForwardFlops(noisy + head, 0.0)
+    clean = (n_layers - 1) * _layer(length, dim=dim, seen=seen.clean)
     return ForwardFlops(noisy + head, clean + 4 * length * dim**2)
+
+
+def scored_tokens(*, algo: str, length: int, interval: ClipInterval) -> float:
+    """M of the formula above, of one row."""
+    return (length - 1) * (1.0 if algo == "ar" else (interval.low + interval.high) / 2)
+
+
+@dataclass(frozen=True)
+class VisiblePairs:
+    """A of the formula above: of one row, layer and half; without a clean half 0."""
+
+    noisy: float
+    clean: float
+
+
+def visible_pairs(*, algo: str, length: int, block_size: int) -> VisiblePairs:
+    """Pairs of a query and a key that see each other."""
+    num_blocks = length // block_size
+    if algo == "ar":
+        return VisiblePairs((length - 1) * length / 2, 0.0)
+    if algo != "bd3lm" or num_blocks == 1:
+        return VisiblePairs(length**2, 0.0)
+    pairs = block_size**2 * num_blocks / 2
+    return VisiblePairs(length * block_size + pairs * (num_blocks - 1), pairs * (num_blocks + 1))
 
 
 def _layer(tokens: int, *, dim: int, seen: float) -> float:
     return 24 * tokens * dim**2 + 4 * dim * seen
 
 
-def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of one large square matrix product, the best of several tries."""
-    size, tries = (8192, 20) if device.type == "cuda" else (4096, 3)
+def matmul_peak(device: torch.device, dtype: torch.dtype, *, size: int | None = None) -> float:
+    """FLOP/s of one large square matrix product, the best of several tries; of a smaller one too.
+
+    Args:
+        size: of the matrices; None: large for the device.
+    """
+    largest, tries = (8192, 20) if device.type == "cuda" else (4096, 3)
+    size = size or largest
     a = torch.randn(size, size, device=device).to(dtype)
     b = torch.randn(size, size, device=device).to(dtype)
     seconds = []

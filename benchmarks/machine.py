@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from utils import json_text
+
 
 def description(device: torch.device) -> dict[str, str | int]:
     """Machine, versions, date and command, as every figure carries them."""
@@ -21,6 +23,12 @@ def description(device: torch.device) -> dict[str, str | int]:
         "date": datetime.date.today().isoformat(),
         "command": shlex.join(["python", "-m", _module(), *sys.argv[1:]]),
     }
+
+
+def write_json(path: Path, record: dict) -> None:
+    """Write a record, into a folder that need not exist."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json_text(record, indent=2) + "\n")
 
 
 def start_memory_measurement(device: torch.device) -> float:

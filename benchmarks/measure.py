@@ -15,6 +15,7 @@ import torch
 
 from benchmarks.flops import matmul_peak
 from benchmarks.machine import peak_memory_mb, start_memory_measurement
+from benchmarks.profiled import profile_steps
 from benchmarks.steps import Job, make_config, make_model, make_step, model_flops
 from utils import keep_freed_memory
 
@@ -33,6 +34,7 @@ class Result:
     state_mb: float  # of the most: the optimizer's moments and the moving average
     flops: float  # of the model, per step
     peak_flops: float  # FLOP/s of a large matrix product in this precision
+    profile: dict | None = None  # `benchmarks.profiled.Profile`, of a job that asks for it
 
     def joined(self, other: "Result") -> "Result":
         """Both rounds of the same job as one."""
@@ -44,6 +46,7 @@ class Result:
             state_mb=self.state_mb,
             flops=self.flops,
             peak_flops=max(self.peak_flops, other.peak_flops),
+            profile=self.profile,
         )
 
 
@@ -69,14 +72,18 @@ def measure(job: Job) -> Result:
         _synchronize(device)
         seconds.append((time.perf_counter() - began) / step.share)
         losses.append(loss.item())
+    memory, profile = peak_memory_mb(device), None
+    if job.profiled:
+        profile = asdict(profile_steps(step.run, steps=job.profiled, device=device))
     return Result(
         seconds=seconds[job.warmup :],
         losses=losses[job.warmup :],
-        memory_mb=peak_memory_mb(device),
+        memory_mb=memory,
         memory_before_mb=memory_before,
         state_mb=step.state_mb,
         flops=model_flops(job, model),
-        peak_flops=matmul_peak(device, DTYPES[job.precision]),
+        peak_flops=matmul_peak(device, DTYPES[job.precision], size=job.peak_size),
+        profile=profile,
     )
 
 

@@ -21,8 +21,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.comparison import WIDTH, write_json
-from benchmarks.machine import description
+from benchmarks.comparison import WIDTH
+from benchmarks.machine import description, write_json
 from benchmarks.measure import DTYPES, JobFailed, Result, measure_apart
 from benchmarks.sampling import MODELS
 from benchmarks.steps import Job

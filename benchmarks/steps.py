@@ -46,6 +46,8 @@ class Job:
     activation_checkpointing: str = "none"
     warmup: int = 1
     steps: int = 2
+    profiled: int = 0  # steps behind them that are profiled
+    peak_size: int | None = None  # of the matrix product that is called the peak
     overrides: tuple[str, ...] = ()  # more of the configuration
 
 
