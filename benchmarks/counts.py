@@ -77,7 +77,7 @@ def without_attention() -> Any:
 def count_operations(job: Job) -> tuple[Operations, float]:
     """Operations and waits of a whole step, the second one, and MB kept by its forward pass."""
     config = make_config(job)
-    model = make_model(config, torch.device(job.device))
+    model = make_model(job, config)
     step = make_step(job, config, model)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, Tensor] = {}  # by storage, held until the end so that none is used again
@@ -110,7 +110,7 @@ def count_graphs(job: Job) -> dict[str, int]:
 
     shrunk = vars(job) | {"overrides": SMALLEST, "compiled": "true", "precision": "float32"}
     config = make_config(Job(**shrunk))
-    model = make_model(config, torch.device(job.device))
+    model = make_model(job, config)
     torch._dynamo.reset()
     found = {}
     larger = {"batch_size": job.batch_size + 1}
