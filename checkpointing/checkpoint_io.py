@@ -47,6 +47,33 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         else:
             self.failures.pop(path, None)
 
+    def link(self, path: str, name: str) -> bool:
+        """Have another name for a file that was just written, in the place of what bears it.
+
+        Files are never written in place, so neither name changes what is under the other; and a
+        file stays as long as it has one.
+
+        Returns:
+            False where there can be none: not a local disk, one without hard links, or the file
+            could not be written. Nothing has changed then.
+        """
+        fs, source = fsspec.core.url_to_fs(path)
+        if not isinstance(fs, LocalFileSystem) or path in self.failures:
+            return False
+        target = fsspec.core.url_to_fs(name)[1]
+        partial = partial_name(target)
+        try:
+            _remove(partial)
+            os.link(source, partial)
+            os.replace(partial, target)
+        except OSError:
+            return False
+        finally:
+            _remove(partial)  # renaming leaves it where both are names of this file already
+        _sync_directory_of(target)
+        self.failures.pop(name, None)
+        return True
+
     def raise_if_last_failed(self) -> None:
         """At the end of a training, whose result a run must not lack without saying so.
 
@@ -60,17 +87,26 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 def _write_local(checkpoint: dict[str, Any], fs: LocalFileSystem, name: str) -> None:
     partial = partial_name(name)
+    _remove(partial)  # of a process that was killed: maybe another name of a checkpoint
     try:
-        with open(partial, "wb") as file:
+        with open(partial, "xb") as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, name)
     except BaseException:
-        with contextlib.suppress(OSError):
-            os.remove(partial)
+        _remove(partial)
         raise
-    # The new name is on the disk when the directory is.
+    _sync_directory_of(name)
+
+
+def _remove(name: str) -> None:
+    with contextlib.suppress(OSError):
+        os.remove(name)
+
+
+def _sync_directory_of(name: str) -> None:
+    """A new name is on the disk when the directory is."""
     directory = os.open(os.path.dirname(name), os.O_RDONLY)
     try:
         os.fsync(directory)

@@ -5,6 +5,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
+from checkpointing.checkpoint_io import AtomicCheckpointIO
 from models.ema import ExponentialMovingAverage
 from training.resume import validation_is_due
 
@@ -75,6 +76,44 @@ class EMACallback(L.Callback):
             self._is_swapped = to_average
 
 
+class RegularCheckpoint(ModelCheckpoint):
+    """Lightning's; last.ckpt is another name of a file with the same content, where it can be.
+
+    The same gigabytes were written twice, each time until the disk had them. When the file under
+    the regular name is removed, last.ckpt keeps what was in it.
+    """
+
+    @property
+    def state_key(self) -> str:
+        """That of Lightning's class, under which older checkpoints hold what was kept."""
+        return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
+
+    def _save_last_checkpoint(self, trainer: L.Trainer, monitor_candidates: dict[str, Any]) -> None:
+        """Lightning's own, called where a regular checkpoint has just been saved."""
+        last = self.format_checkpoint_name(monitor_candidates, self.CHECKPOINT_NAME_LAST)
+        if self._is_saved_apart_from(last, trainer) and self._link(trainer, last):
+            self.last_model_path = last
+        else:
+            super()._save_last_checkpoint(trainer, monitor_candidates)
+
+    def _is_saved_apart_from(self, last: str, trainer: L.Trainer) -> bool:
+        """Whether there is a file of this step, and last.ckpt may be replaced by its name."""
+        return (
+            bool(self.save_last)
+            and not self._enable_version_counter
+            and self.last_model_path in ("", last)
+            and self._last_checkpoint_saved not in ("", last)
+            and self._last_global_step_saved == trainer.global_step
+        )
+
+    def _link(self, trainer: L.Trainer, last: str) -> bool:
+        """A collective operation: saving is one, so all processes must know whether it is due."""
+        files, is_linked = trainer.strategy.checkpoint_io, False
+        if trainer.is_global_zero and isinstance(files, AtomicCheckpointIO):
+            is_linked = files.link(self._last_checkpoint_saved, last)
+        return trainer.strategy.broadcast(is_linked)
+
+
 class LastCheckpoint(Checkpoint):
     """Keeps last.ckpt up to date where regular checkpoints, every so many steps, leave a gap.
 
@@ -110,6 +149,8 @@ class LastCheckpoint(Checkpoint):
         for callback in trainer.checkpoint_callbacks:
             if not isinstance(callback, ModelCheckpoint) or not callback.save_last:
                 continue
+            if is_newer:
+                callback._last_checkpoint_saved = ""  # no file holds it yet
             # Not public; saving past the callback would leave a last-v1.ckpt beside last.ckpt.
             if is_newer or callback._last_global_step_saved != trainer.global_step:
                 callback._save_last_checkpoint(trainer, callback._monitor_candidates(trainer))

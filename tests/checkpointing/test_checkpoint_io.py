@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import main
+from checkpointing import checkpoint_io
 from checkpointing.checkpoint_io import AtomicCheckpointIO
 from tests.helpers.killable_runs import assert_same_training
 from tests.helpers.small_run import overrides, write_text
@@ -115,3 +116,56 @@ def test_a_run_on_another_file_system_resumes(place, compose, tmp_path, monkeypa
         resumed = torch.load(file, weights_only=True)
     straight = torch.load(tmp_path / "straight/checkpoints/last.ckpt", weights_only=True)
     assert_same_training(straight, resumed)
+
+
+def content(path) -> str:
+    return torch.load(path, weights_only=True)["name"]
+
+
+def test_a_second_name_is_whole_whenever_the_process_is_killed(tmp_path, monkeypatch):
+    """Before and after each of its calls, and again by a process of the same number."""
+    for call in ("link", "replace"):
+        for is_done in (False, True):
+            folder = tmp_path / f"{call}-{is_done}"
+            write(str(folder), "last.ckpt", "0-5.ckpt")
+            original = getattr(os, call)
+
+            def kill(*args, original=original, is_done=is_done):
+                if is_done:
+                    original(*args)
+                raise SystemExit
+
+            with monkeypatch.context() as patch:
+                patch.setattr(os, call, kill)
+                patch.setattr(checkpoint_io, "_remove", lambda _name: None)  # it is dead by then
+                with pytest.raises(SystemExit):
+                    AtomicCheckpointIO().link(f"{folder}/0-5.ckpt", f"{folder}/last.ckpt")
+            is_new = call == "replace" and is_done
+            assert content(folder / "last.ckpt") == ("0-5.ckpt" if is_new else "last.ckpt")
+            write(str(folder), "last.ckpt")  # not through a name that is left over
+            assert content(folder / "0-5.ckpt") == "0-5.ckpt"
+            assert content(folder / "last.ckpt") == "last.ckpt"
+
+
+def test_a_second_name_takes_the_place_of_the_old(tmp_path):
+    """Also of itself, where renaming does nothing and says nothing."""
+    write(str(tmp_path), "last.ckpt", "0-5.ckpt")
+    files = AtomicCheckpointIO()
+    for _ in range(2):
+        assert files.link(f"{tmp_path}/0-5.ckpt", f"{tmp_path}/last.ckpt")
+        assert (tmp_path / "last.ckpt").samefile(tmp_path / "0-5.ckpt")
+        assert sorted(os.listdir(tmp_path)) == ["0-5.ckpt", "last.ckpt"]
+    write(str(tmp_path), "0-5.ckpt")
+    assert not (tmp_path / "last.ckpt").samefile(tmp_path / "0-5.ckpt"), "a new file, not in place"
+
+
+def test_a_file_that_was_not_written_gets_no_second_name(tmp_path, memory):
+    """An older one may bear the name; and object stores know no links."""
+    write(str(tmp_path), "last.ckpt", "0-5.ckpt")
+    files = AtomicCheckpointIO()
+    files.failures[f"{tmp_path}/0-5.ckpt"] = "the disk is full"
+    assert not files.link(f"{tmp_path}/0-5.ckpt", f"{tmp_path}/last.ckpt")
+    assert content(tmp_path / "last.ckpt") == "last.ckpt"
+    assert not AtomicCheckpointIO().link(f"{tmp_path}/no.ckpt", f"{tmp_path}/last.ckpt")
+    write("memory://kept", "0-5.ckpt")
+    assert not AtomicCheckpointIO().link("memory://kept/0-5.ckpt", "memory://kept/last.ckpt")

@@ -1,5 +1,7 @@
 """The moving average during a Lightning run, and the checkpoints that come out of it."""
 
+import os
+
 import lightning as L
 import pytest
 import torch
@@ -7,7 +9,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
 
-from training.callbacks import EMACallback, LastCheckpoint
+from checkpointing.checkpoint_io import AtomicCheckpointIO
+from training.callbacks import EMACallback, LastCheckpoint, RegularCheckpoint
 
 
 class Line(L.LightningModule):
@@ -121,3 +124,90 @@ def test_the_end_of_training_is_kept(stop, tmp_path):
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == checkpoint["ema"]["num_updates"] == 2
     assert checkpoint["state_dict"]["weight"].item() == 2.0
+
+
+@pytest.fixture
+def written(monkeypatch) -> list[str]:
+    """Names of the checkpoints that are written, each time anew."""
+    names, save = [], AtomicCheckpointIO.save_checkpoint
+
+    def counted(self, checkpoint, path, storage_options=None):
+        names.append(str(path).rsplit("/", 1)[-1])
+        save(self, checkpoint, path, storage_options)
+
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", counted)
+    return names
+
+
+def regular(folder) -> RegularCheckpoint:
+    """As the configuration makes it, for every second step."""
+    return RegularCheckpoint(
+        dirpath=folder, monitor="step", mode="max", save_top_k=2, save_last=True,
+        every_n_train_steps=2, enable_version_counter=False, filename="{step}",
+        auto_insert_metric_name=False, save_on_train_epoch_end=True,
+    )  # fmt: skip
+
+
+def fit_regular(folder, *, steps: int, resume=None, **settings) -> RegularCheckpoint:
+    callback = regular(folder)
+    settings = {"limit_val_batches": 0} | settings
+    fit(
+        Line(), [callback, LastCheckpoint()], tmp_path=folder, steps=steps, resume=resume,
+        plugins=[AtomicCheckpointIO()], **settings,
+    )  # fmt: skip
+    return callback
+
+
+def steps_in(folder) -> dict[str, int]:
+    return {
+        path.name: torch.load(path, weights_only=True)["global_step"]
+        for path in sorted(folder.glob("*"))
+        if path.is_file()
+    }
+
+
+def test_a_checkpoint_is_written_once(tmp_path, written):
+    """Two files of the same content, each of 2.5 GB at `small`'s size with its average, were."""
+    fit_regular(tmp_path, steps=6)
+    assert written == ["2.ckpt", "4.ckpt", "6.ckpt"]
+    assert steps_in(tmp_path) == {"4.ckpt": 4, "6.ckpt": 6, "last.ckpt": 6}, "and nothing besides"
+    assert (tmp_path / "last.ckpt").samefile(tmp_path / "6.ckpt")
+    (tmp_path / "6.ckpt").unlink()
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 6
+
+
+def test_what_a_validation_found_is_written_apart(tmp_path, written):
+    """It is no part of the regular checkpoint of that step, of which last.ckpt is a name before."""
+    fit_regular(tmp_path, steps=2, limit_val_batches=1, val_check_interval=2)
+    assert written == ["2.ckpt", "last.ckpt"]
+    assert not (tmp_path / "last.ckpt").samefile(tmp_path / "2.ckpt")
+
+
+def test_between_two_regular_ones_it_is_a_file_of_its_own(tmp_path, written):
+    fit_regular(tmp_path, steps=3)
+    assert written == ["2.ckpt", "last.ckpt"]
+    assert steps_in(tmp_path) == {"2.ckpt": 2, "last.ckpt": 3}
+
+
+def test_without_links_both_are_written(tmp_path, written, monkeypatch):
+    """As on exFAT; and a step that is repeated there must not find its file of the first time."""
+
+    def refuse(*_args):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "link", refuse)
+    fit_regular(tmp_path, steps=2)
+    assert written == ["2.ckpt", "last.ckpt"]
+    assert steps_in(tmp_path) == {"2.ckpt": 2, "last.ckpt": 2}
+
+
+def test_what_lightnings_class_kept_goes_on_being_kept(tmp_path):
+    """Checkpoints know the callbacks' state by the name of the class."""
+    assert regular(tmp_path).state_key == ModelCheckpoint(
+        dirpath=tmp_path, monitor="step", mode="max", every_n_train_steps=2,
+        save_on_train_epoch_end=True,
+    ).state_key  # fmt: skip
+    fit_regular(tmp_path, steps=4)
+    resumed = fit_regular(tmp_path, steps=6, resume=tmp_path / "last.ckpt")
+    assert sorted(steps_in(tmp_path)) == ["4.ckpt", "6.ckpt", "last.ckpt"], "2.ckpt went as it had"
+    assert resumed.best_model_path.endswith("6.ckpt")
