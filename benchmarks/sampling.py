@@ -26,7 +26,7 @@ from models.masks import AttentionPattern
 from sampling.base import blank_canvas
 from sampling.decoding import Decoding
 from sampling.semi_ar import SemiAutoregressiveSampler
-from utils import json_text, keep_freed_memory, keep_freed_memory_for_sampling
+from utils import json_text, keep_freed_memory, keep_freed_memory_for_sampling, made_current
 
 MODELS = {  # hidden size, conditioning, layers, heads
     "tiny": (256, 64, 8, 8),
@@ -35,6 +35,7 @@ MODELS = {  # hidden size, conditioning, layers, heads
 }
 VOCAB_SIZE = 50_258  # GPT-2's and the mask
 REFERENCE_PASSES = 4
+FORMS = {False: "", True: ", compiled", "graphs": ", CUDA graphs"}
 MASK, BOS = VOCAB_SIZE - 1, VOCAB_SIZE - 2
 
 
@@ -91,7 +92,7 @@ def time_products(denoise: Denoiser, *, batch_size: int, block_size: int) -> flo
         for layer, x in pairs:
             layer(x)
         if device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - began)
     return min(seconds)
 
@@ -104,7 +105,7 @@ def time_steps(
 
     def stamp(_tokens: torch.Tensor) -> None:
         if canvas.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(canvas.device)
         stamps.append(time.perf_counter())
 
     generators = [torch.Generator(canvas.device).manual_seed(row) for row in range(len(canvas))]
@@ -120,7 +121,7 @@ def measure(
     block_size: int,
     device: torch.device,
     memory_before: float,
-    compiled: bool,
+    compiled: bool | str,
 ) -> Figures:
     """The figures of one batch size; memory in MB."""
     fast = denoise.for_sampling(compiled=compiled)
@@ -202,13 +203,15 @@ def main() -> None:
     parser.add_argument("--precision", choices=("bf16", "float32"), default="bf16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="static shapes, CUDA graphs")
+    parser.add_argument("--graphs", action="store_true", help="the same without compiling")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     arguments = parser.parse_args()
     if arguments.length % arguments.block_size:
         parser.error(f"--length {arguments.length} is no multiple of --block-size")
-    device = torch.device(arguments.device)
+    device = made_current(torch.device(arguments.device))
     where = description(device)
     is_bf16 = arguments.precision == "bf16"
+    form = "graphs" if arguments.graphs else arguments.compile
     keep_freed_memory()
     memory_before = start_memory_measurement(device)
     denoise = build(
@@ -216,7 +219,7 @@ def main() -> None:
         block_size=arguments.block_size,
         device=device,
         dtype=torch.bfloat16 if is_bf16 else torch.float32,
-        packs=not arguments.compile,
+        packs=form is not True,
     )
     rows = []
     with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_bf16):
@@ -229,12 +232,12 @@ def main() -> None:
                     block_size=arguments.block_size,
                     device=device,
                     memory_before=memory_before,
-                    compiled=arguments.compile,
+                    compiled=form,
                 )
             )
     title = (
         f"{arguments.model}, N = {arguments.length}, L = {arguments.block_size}, "
-        f"{arguments.precision}{', compiled' if arguments.compile else ''}"
+        f"{arguments.precision}{FORMS[form]}"
     )
     print_figures(rows, where, title=title)
     if arguments.json is not None:

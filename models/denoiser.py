@@ -122,19 +122,27 @@ class Denoiser:
         clean.commit()
         return clean
 
-    def for_sampling(self, *, compiled: bool = False) -> "Denoiser":
+    @property
+    def has_static_passes(self) -> bool:
+        """Whether passes over a KV cache are made for one batch size, see `StaticInferenceDIT`."""
+        return isinstance(self.backbone, StaticInferenceDIT)
+
+    def for_sampling(self, *, compiled: bool | str = False) -> "Denoiser":
         """The same for inference, with the network in its fast form where sigma is always 0.
 
         A network with adapters, quantized layers or hooks stays as it is: they count in a call.
 
         Args:
-            compiled: compile the passes over a KV cache, and make CUDA graphs of them on a GPU.
+            compiled: True: compile the passes over a KV cache, and make CUDA graphs of them on a
+                GPU. "graphs": the same without compiling them.
         """
         is_read = isinstance(self.backbone, DIT) and can_be_read(self.backbone)
         if self.time_conditioning or not is_read:
             return self
-        fast = InferenceDIT(self.backbone, packs=not compiled)
-        return replace(self, backbone=StaticInferenceDIT(fast) if compiled else fast)
+        fast = InferenceDIT(self.backbone, packs=compiled is not True)
+        if compiled:
+            fast = StaticInferenceDIT(fast, compiles=compiled is True)
+        return replace(self, backbone=fast)
 
     def make_cache(self, batch_size: int, *, capacity: int) -> KVCache:
         """An empty KV cache for the network."""

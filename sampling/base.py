@@ -41,6 +41,9 @@ class SamplerOutput:
     revealed_at: Tensor
     confidence: Tensor
 
+    def first_rows(self, num_rows: int) -> "SamplerOutput":
+        return SamplerOutput(**{name: value[:num_rows] for name, value in vars(self).items()})
+
     def replace_rows(self, rows: Sequence[int], other: "SamplerOutput") -> "SamplerOutput":
         """The same with the rows of these n numbers taken from an output of n rows."""
         replaced = {name: value.clone() for name, value in vars(self).items()}
