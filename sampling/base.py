@@ -15,6 +15,8 @@ from models.denoiser import Denoiser
 
 # One generator for the batch, or one for each row: then a row does not depend on its neighbours.
 Generators = torch.Generator | Sequence[torch.Generator] | None
+# Rows and columns (n,) each. A boolean mask says the same, and a GPU would have to count it.
+Positions = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,28 +131,28 @@ class Progress:
 
     def reveal(
         self,
-        at: Tensor,
+        at: Positions,
         *,
         tokens: Tensor,
         confidence: Tensor,
         start: int = 0,
         took_part: Tensor | None = None,
     ) -> None:
-        """Write the tokens (n,) of one pass where a boolean mask is True.
+        """Write the tokens (n,) of one pass.
 
         Args:
-            at: (B, T), its first column is position `start`.
+            at: where; column 0 is position `start`.
             tokens, confidence: (n,).
             start: see `at`.
             took_part: rows whose pass it was, (B,); by default those with a new token.
         """
-        columns = slice(start, start + at.shape[1])
-        self._denoising_passes += at.any(dim=1) if took_part is None else took_part
-        # Without indexing by booleans, for which a GPU would have to tell how many there are.
-        self.x[:, columns].masked_scatter_(at, tokens)
-        self._confidence[:, columns].masked_scatter_(at, confidence.float())
-        revealed_at = self._revealed_at[:, columns]
-        revealed_at.copy_(torch.where(at, self._denoising_passes[:, None], revealed_at))
+        rows, columns = at[0], at[1] + start
+        if took_part is None:
+            took_part = torch.zeros_like(self.is_active).index_fill_(0, rows, True)
+        self._denoising_passes += took_part
+        self.x[rows, columns] = tokens
+        self._confidence[rows, columns] = confidence.float()
+        self._revealed_at[rows, columns] = self._denoising_passes[rows]
         if self._on_step is not None:
             self._on_step(self.x)
 

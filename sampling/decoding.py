@@ -10,6 +10,8 @@ NUCLEUS_RULES = ("paper", "standard")
 # Tokens among which the nucleus is looked for first, then four times as many, and so on: to sort
 # 50,000 numbers takes as long as the network takes for a block.
 CANDIDATES = 256
+# Probabilities held at once, in float64 and several forms of 0.13 GB.
+MAX_NUMBERS = 2**24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,11 @@ class Decoding:
         Returns:
             Tokens (n,) int64 and the probability that each was drawn with, (n,).
         """
+        size = max(1, MAX_NUMBERS // log_p.shape[-1])
+        if len(log_p) > size:
+            parts = zip(log_p.split(size), u.split(size), strict=True)
+            tokens, confidence = zip(*(self.draw(some, u=v) for some, v in parts), strict=True)
+            return torch.cat(tokens), torch.cat(confidence)
         probs, tokens = self.probs(log_p), None
         if self.nucleus_p < 1 and self.temperature != 0:
             keeps_crossing = self.nucleus_rule == "standard"
