@@ -156,6 +156,12 @@ class Progress:
         if self._on_step is not None:
             self._on_step(self.x)
 
+    def saved(self) -> Callable[[], None]:
+        """What takes back the passes that come now."""
+        names = ("x", "_denoising_passes", "_revealed_at", "_confidence")
+        kept = {name: getattr(self, name).clone() for name in names}
+        return lambda: vars(self).update(kept)
+
     def to_fill(self, start: int, end: int) -> Tensor:
         """The masks in these columns that are to be revealed, (B, end - start) bool."""
         positions = torch.arange(start, end, device=self.x.device)

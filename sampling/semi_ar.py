@@ -21,6 +21,7 @@ from models.masks import AttentionPattern
 
 from .base import Generators, Positions, Progress, SamplerOutput, uniform
 from .blockwise import CONTEXT_WINDOW, BlockwiseSampler
+from .decoding import Guesses
 from .reveal import confident, on_time_grid, one_by_one, passes_of
 
 
@@ -55,10 +56,13 @@ class SemiAutoregressiveSampler(BlockwiseSampler):
         """See `Sampler.sample`."""
         length = canvas.shape[1]
         progress, cache = self.begin(denoise, canvas, limits=limits, on_step=on_step)
-        start = 0
+        start, guesses = 0, Guesses() if self.decoding.may_guess(canvas.device) else None
         while start < length and progress.is_active.any():
             end = self.end_of_block(start, length=length)
-            self.fill(denoise, progress, cache, start=start, end=end, generator=generator)
+            self.fill(
+                denoise, progress, cache,
+                start=start, end=end, generator=generator, guesses=guesses,
+            )  # fmt: skip
             self.stop.apply(progress, end=end)
             start = end
         return progress.output(pad_index=self.pad_index)
@@ -88,6 +92,7 @@ class SemiAutoregressiveSampler(BlockwiseSampler):
         start: int,
         end: int,
         generator: Generators,
+        guesses: Guesses | None,
     ) -> None:
         """Reveal the masks of one block, in all active rows."""
         masked = progress.to_fill(start, end)
@@ -101,10 +106,21 @@ class SemiAutoregressiveSampler(BlockwiseSampler):
         if self.confidence_threshold is not None:
             self._fill_by_confidence(predict, progress, masked, u_token=u_token, start=start)
             return
-        for at in passes_of(self.pass_numbers(masked, u=u_order)):
-            if len(at[0]):
-                tokens, confidence = self.decoding.draw(predict(at), u=u_token[at])
-                progress.reveal(at, tokens=tokens, confidence=confidence, start=start)
+        passes = [at for at in passes_of(self.pass_numbers(masked, u=u_order)) if len(at[0])]
+
+        def run(is_wrong: Tensor | None) -> None:
+            for at in passes:
+                drawn = self.decoding.draw(predict(at), u=u_token[at], is_wrong=is_wrong)
+                progress.reveal(at, tokens=drawn[0], confidence=drawn[1], start=start)
+
+        if guesses is None or not guesses.next():
+            run(None)
+            return
+        take_back, is_wrong = progress.saved(), torch.zeros_like(progress.is_active[0])
+        run(is_wrong)
+        if guesses.was_wrong(is_wrong):
+            take_back()
+            run(None)
 
     def pass_numbers(self, masked: Tensor, *, u: Tensor) -> Tensor:
         """In which pass each mask of a block is revealed, (B, L); see `reveal.one_by_one`."""

@@ -7,7 +7,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.denoiser import Denoiser
+from sampling import decoding
 from sampling.ar import AutoregressiveSampler
+from sampling.decoding import Decoding
 from sampling.stopping import StopRule
 from tests.helpers.random_networks import BOS, MASK, canvas, generators, network, semi
 
@@ -63,6 +65,15 @@ def test_a_block_waits_twice(waits_of, kind, compiled):
     waits = waits_of(sampler, network(block_size=16).for_sampling(compiled=compiled))
     assert waits.passes >= 4 * 4
     assert waits.seen == {"tolist": 4, "_local_scalar_dense": 4}
+
+
+def test_a_nucleus_waits_once_more(waits_of, monkeypatch):
+    """Each pass waited for the rows whose nucleus has more tokens than were looked at."""
+    sampler = semi(16, use_cache=True, stop=RULE, decoding=Decoding(nucleus_p=0.9))
+    denoise = network(block_size=16).for_sampling()
+    assert waits_of(sampler, denoise).seen["index"] == 63, "a CPU has nobody to wait for"
+    monkeypatch.setattr(decoding, "runs_ahead", lambda device: True)
+    assert waits_of(sampler, denoise).seen == {"tolist": 4, "_local_scalar_dense": 8}
 
 
 @FORMS
