@@ -267,7 +267,17 @@ def resolve_device(accelerator: str) -> torch.device:
     if accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
-    return torch.device("cuda", local_rank % torch.cuda.device_count())
+    return made_current(torch.device("cuda", local_rank % torch.cuda.device_count()))
+
+
+def made_current(device: torch.device) -> torch.device:
+    """The device; a GPU is from now on the one that streams, graphs and kernels mean by default.
+
+    Their default is otherwise the first GPU that the process sees, wherever its tensors are.
+    """
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    return device
 
 
 # Random numbers of different purposes come from different streams of one seed.

@@ -36,7 +36,7 @@ from models.masks import AttentionPattern
 from sampling.base import blank_canvas
 from sampling.decoding import Decoding
 from sampling.semi_ar import SemiAutoregressiveSampler
-from utils import keep_freed_memory, keep_freed_memory_for_sampling
+from utils import keep_freed_memory, keep_freed_memory_for_sampling, made_current
 
 MODELS = {  # hidden size, conditioning, layers, heads
     "mini": (64, 16, 3, 4),  # what one tries an idea with
@@ -299,7 +299,7 @@ def options(words: Sequence[str] | None = None) -> argparse.Namespace:
     if arguments.length % arguments.block_size:
         parser.error(f"--length {arguments.length} is no multiple of --block-size")
     arguments.compile = arguments.compile or ["true"]
-    arguments.device = torch.device(arguments.device)
+    arguments.device = made_current(torch.device(arguments.device))
     return arguments
 
 

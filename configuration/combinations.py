@@ -219,7 +219,7 @@ def _kv_cache(config: DictConfig) -> Problems:
     if config["sampling"]["compile"] and not config["sampling"]["kv_cache"]:
         yield (
             "sampling.compile",
-            "allowed with sampling.kv_cache=false is False: passes over a cache are compiled",
+            "allowed with sampling.kv_cache=false is False: it is about passes over a cache",
         )
 
 

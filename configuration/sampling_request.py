@@ -28,7 +28,8 @@ class SamplingRequest:
         length: tokens of a row (`model.length`).
         seed: of all rows.
         max_retries: how often a row that degenerates is drawn again.
-        compile: compile passes over the KV cache.
+        compile: passes over the KV cache have fixed shapes and are compiled; "graphs": the same
+            uncompiled; on a GPU both are replayed as CUDA graphs.
         precision: Lightning's name of it.
         accelerator: of `trainer`.
         logdir: where samples go.
@@ -50,7 +51,7 @@ class SamplingRequest:
     length: int
     seed: int
     max_retries: int
-    compile: bool
+    compile: bool | str
     precision: str
     accelerator: str
     logdir: str

@@ -102,7 +102,6 @@ _FLAGS = (
     "sampling.kv_cache",
     "sampling.stop_on_eos",
     "eval.any_block_size",
-    "sampling.compile",
     "sampling.live",
     "training.antithetic_sampling",
     "training.resample",
@@ -234,10 +233,11 @@ def _clipping(config: DictConfig) -> Problems:
 
 
 def _compile(config: DictConfig) -> Problems:
-    """A switch that may also be left to the device."""
-    value = config["training"]["compile"]
-    if type(value) is not bool and value != "auto":
-        yield "training.compile", "allowed are true, false and auto"
+    """Switches that have a third position."""
+    for section, third in (("training", "auto"), ("sampling", "graphs")):
+        value = config[section]["compile"]
+        if type(value) is not bool and value != third:
+            yield f"{section}.compile", f"allowed are true, false and {third}"
 
 
 def _fractions(config: DictConfig) -> Problems:

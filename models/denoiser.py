@@ -122,19 +122,27 @@ class Denoiser:
         clean.commit()
         return clean
 
-    def for_sampling(self, *, compiled: bool = False) -> "Denoiser":
+    @property
+    def has_static_passes(self) -> bool:
+        """Whether passes over a KV cache are made for one batch size, see `StaticInferenceDIT`."""
+        return isinstance(self.backbone, StaticInferenceDIT)
+
+    def for_sampling(self, *, compiled: bool | str = False) -> "Denoiser":
         """The same for inference, with the network in its fast form where sigma is always 0.
 
         A network with adapters, quantized layers or hooks stays as it is: they count in a call.
 
         Args:
-            compiled: compile the passes over a KV cache, and make CUDA graphs of them on a GPU.
+            compiled: True: compile the passes over a KV cache, and make CUDA graphs of them on a
+                GPU. "graphs": the same without compiling them.
         """
         is_read = isinstance(self.backbone, DIT) and can_be_read(self.backbone)
         if self.time_conditioning or not is_read:
             return self
-        fast = InferenceDIT(self.backbone, packs=not compiled)
-        return replace(self, backbone=StaticInferenceDIT(fast) if compiled else fast)
+        fast = InferenceDIT(self.backbone, packs=compiled is not True)
+        if compiled:
+            fast = StaticInferenceDIT(fast, compiles=compiled is True)
+        return replace(self, backbone=fast)
 
     def make_cache(self, batch_size: int, *, capacity: int) -> KVCache:
         """An empty KV cache for the network."""
@@ -147,7 +155,7 @@ class Denoiser:
         *,
         pattern: AttentionPattern,
         kv_cache: KVCache | None = None,
-        at: Tensor | None = None,
+        at: Tensor | tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """log p(x_0 | x) for subs and ar, the log score for sedd, each (B, T, V) float32.
 
@@ -156,16 +164,24 @@ class Denoiser:
             sigma: total noise (B,), which sedd needs.
             pattern: who sees whom.
             kv_cache: the tokens before x.
-            at: boolean, of the result's (B, T): only these positions, (n_selected, V). With subs
-                they are masked ones.
+            at: only these positions of the result, (n_selected, V), with subs masked ones: a
+                boolean (B, T), or rows and columns (n_selected,), which nobody has to count, in the
+                order that a boolean has.
         """
-        logits = self.logits(x, sigma, pattern=pattern, kv_cache=kv_cache, logits_at=at)
+        is_index = isinstance(at, tuple)
+        if is_index and not isinstance(self.backbone, (InferenceDIT, StaticInferenceDIT)):
+            asked = torch.zeros_like(x, dtype=torch.bool)
+            logits_at = asked.index_put_(at, torch.ones_like(at[0], dtype=torch.bool))
+        else:
+            logits_at = at
+        logits = self.logits(x, sigma, pattern=pattern, kv_cache=kv_cache, logits_at=logits_at)
         is_score = self.parameterization == "sedd"
         if self.parameterization == "ar" or (at is not None and not is_score):
             return token_log_probs(logits, mask_index=self.mask_index)
-        x_t = x[:, : logits.shape[1]] if at is None else x[:, : at.shape[1]][at]
+        num_columns = logits.shape[1] if at is None else x.shape[1] if is_index else at.shape[1]
+        at = slice(None) if at is None else at
+        x_t = x[:, :num_columns][at]
         if not is_score:
             return subs_log_probs(logits, x_t=x_t, mask_index=self.mask_index)
-        sigma = sigma[:, None].expand(x.shape)
-        sigma = sigma[:, : logits.shape[1]] if at is None else sigma[:, : at.shape[1]][at]
+        sigma = sigma[:, None].expand(x.shape)[:, :num_columns][at]
         return sedd_log_score(logits, x_t=x_t, sigma=sigma)

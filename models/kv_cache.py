@@ -1,15 +1,18 @@
 """Keys and values of the text that is already final."""
 
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .masks import AttentionPattern, may_attend
+from .masks import AttentionPattern, is_unrestricted, may_attend
 
 # A CPU's matrix products want each head's keys back to back, see `KVCache`. Passes of fewer tokens
 # than this would move them too often, and leave room for as many as that.
 _FEW_TOKENS, _ROOM = 4, 64
+# Passes of fixed shapes see a multiple of this many slots.
+SLOTS = 128
 
 
 class KVCache:
@@ -164,44 +167,78 @@ class CleanHalf:
 
 
 class StaticKVCache(KVCache):
-    """A KV cache for passes whose shapes never change: queries see all slots, under a mask.
+    """A KV cache for passes whose shapes do not change: queries see slots under a mask.
+
+    Each layer's keys and values are tensors of their own, which stay where they are: what is
+    written into a view of one large buffer is, to a compiler, a new buffer.
 
     Args:
-        as those of `KVCache`.
+        layers: keys and values of each layer, (B, H, capacity, d), that another cache no longer
+            needs; None: new ones.
+        sizes: those of `KVCache`, without `moves`.
     """
 
-    def __init__(self, **sizes: Any):
-        super().__init__(**sizes, moves=False)
-        self._buffer.zero_()  # all of it takes part, and what a mask hides must be a number
-
-    @property
-    def buffers(self) -> Tensor:
-        """Keys and values of all layers, (layers, 2, B, H, capacity, d)."""
-        return self._buffer.view(len(self._room), *self._shape)
+    def __init__(self, *, layers: list[tuple[Tensor, Tensor]] | None = None, **sizes: Any):
+        self.capacity, self.num_tokens, self._num_written = sizes["capacity"], 0, 0
+        if layers is None:
+            shape = tuple(sizes[name] for name in ("batch_size", "n_heads", "capacity", "head_dim"))
+            how = {"device": sizes["device"], "dtype": sizes["dtype"]}
+            # What a mask hides takes part, and must be a number.
+            new = [torch.zeros(shape, **how) for _ in range(2 * sizes["n_layers"])]
+            layers = list(zip(new[::2], new[1::2], strict=True))
+        self.layers = layers
 
     def place(
         self, num_new: int, *, pattern: AttentionPattern, block_size: int
-    ) -> tuple[Tensor, Tensor]:
-        """Where the next pass's T = `num_new` tokens go, and which slots they see.
+    ) -> tuple[int, bool]:
+        """Make room for the next pass's T = `num_new` tokens.
 
         Returns:
-            Slots (T,) int64 and a boolean mask (T, capacity).
+            How many slots hold all that the tokens may see, a multiple of `SLOTS` or the capacity,
+            and whether they need a mask. `slots_and_mask` says which.
 
         Raises:
             ValueError: if the tokens do not fit into one piece of the ring.
         """
-        slot = self._first_slot(num_new)
-        device = self._buffer.device
-        new = torch.arange(num_new, device=device)
-        own = may_attend(
-            new[:, None] + self.num_tokens,
-            new + self.num_tokens,
-            pattern=pattern,
-            length=self.capacity,
-            block_size=block_size,
-        )
-        is_committed = torch.arange(self.capacity, device=device) < self.num_tokens
-        mask = is_committed.repeat(num_new, 1)
-        mask[:, slot : slot + num_new] = own
+        self._first_slot(num_new)
         self._num_written = self.num_tokens + num_new
-        return slot + new, mask
+        seen = min(self._num_written, self.capacity)
+        num_slots = min(self.capacity, -(-seen // SLOTS) * SLOTS)
+        sees_all = is_unrestricted(
+            pattern, q_len=num_new, kv_len=self._num_written, block_size=block_size
+        )
+        return num_slots, not (sees_all and seen == num_slots)
+
+    def select_rows(self, rows: Tensor) -> None:
+        """See `KVCache.select_rows`."""
+        for tensor in itertools.chain.from_iterable(self.layers):
+            tensor.copy_(tensor[rows])
+
+
+def slots_and_mask(
+    positions: Tensor, *, capacity: int, num_slots: int, pattern: AttentionPattern, block_size: int
+) -> tuple[Tensor, Tensor]:
+    """Where a pass over a ring writes its tokens, and what they see there.
+
+    Args:
+        positions: of the T tokens in the text, (T,), one after another.
+        capacity: of the ring.
+        num_slots: S, from `StaticKVCache.place`.
+        pattern, block_size: who sees whom.
+
+    Returns:
+        Slots (T,) and a boolean mask (T, S).
+    """
+    slots = positions % capacity
+    slot = torch.arange(num_slots, device=positions.device)
+    # The new token that a slot takes, if one; all others hold committed tokens or nothing.
+    token = slot - slots[0]
+    is_new = (token >= 0) & (token < len(positions))
+    own = may_attend(
+        positions[:, None],
+        positions[0] + token,
+        pattern=pattern,
+        length=capacity,
+        block_size=block_size,
+    )
+    return slots, torch.where(is_new, own, slot < positions[0])

@@ -172,7 +172,7 @@ def make_fast(model: Diffusion, request: SamplingRequest) -> None:
     Done once: a network that is compiled anew for each batch would be slower than one that is not.
     """
     if request.is_bf16:
-        cast_matrices(model.backbone, torch.bfloat16, packs=not request.compile)
+        cast_matrices(model.backbone, torch.bfloat16, packs=request.compile is not True)
     with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=request.is_bf16):
         model.denoiser = model.denoiser.for_sampling(compiled=request.compile)
     keep_freed_memory_for_sampling()  # the float32 weights are gone

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from models.denoiser import Denoiser
@@ -12,10 +11,11 @@ from models.masks import AttentionPattern
 from noise_schedule import Noise
 
 from .base import Generators, Progress, SamplerOutput, uniform
-from .decoding import Decoding
+from .decoding import MAX_NUMBERS, Decoding
 from .stopping import StopRule
 
 T_END = 1e-5  # the grid stops here, and one last step removes what noise is left
+MAX_POSITIONS = 4096  # of one pass of the network; all scores of a large batch are too many
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,32 +56,73 @@ class AnalyticSampler:
         sigmas = self.noise.total_noise(times)
         drops = torch.cat((sigmas[:-1] - sigmas[1:], sigmas[-1:]))
         for step in range(self.num_steps + 1):
-            x = progress.x
-            log_p = self._reverse(denoise, x, sigma=sigmas[step], drop=drops[step])
-            if step == self.num_steps:
-                log_p[..., self.mask_index] = -torch.inf
-            u = uniform(tuple(x.shape), device=x.device, generator=generator)
-            tokens, confidence = self.decoding.draw(log_p.flatten(0, 1), u=u.flatten())
-            tokens, confidence = tokens.view_as(x), confidence.view_as(x)
-            at = progress.to_fill(0, x.shape[1]) & (tokens != self.mask_index)
+            is_open = progress.to_fill(0, canvas.shape[1])
+            u = uniform(tuple(canvas.shape), device=canvas.device, generator=generator)
+            tokens, confidence = self._draw(
+                denoise, progress.x, is_open, u=u, sigma=sigmas[step], drop=drops[step],
+                is_last=step == self.num_steps,
+            )  # fmt: skip
+            rows, columns = is_open.nonzero(as_tuple=True)
+            new = (tokens != self.mask_index).nonzero()[:, 0]
             progress.reveal(
-                at, tokens=tokens[at], confidence=confidence[at], took_part=progress.is_active
+                (rows[new], columns[new]),
+                tokens=tokens[new],
+                confidence=confidence[new],
+                took_part=progress.is_active,
             )
         self.stop.apply(progress, end=canvas.shape[1])
         return progress.output(pad_index=self.pad_index)
 
-    def _reverse(self, denoise: Denoiser, x: Tensor, *, sigma: Tensor, drop: Tensor) -> Tensor:
-        """log p(x_s | x_t) up to a constant, (B, N, V), when the total noise drops by `drop`.
+    def _draw(
+        self,
+        denoise: Denoiser,
+        x: Tensor,
+        is_open: Tensor,
+        *,
+        u: Tensor,
+        sigma: Tensor,
+        drop: Tensor,
+        is_last: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """One step of the masks at a boolean (B, N), row after row: tokens, maybe the mask again.
 
-        The product of the staggered score e^(-drop Q) s and the transition x_s -> x_t, which for
-        the absorbing process reaches a mask from every token and any other token from itself.
+        A token that is no mask stays. Only so many positions at a time have scores, and only so
+        many scores are float64: of a batch they would be tens of gigabytes.
+
+        Returns:
+            Tokens (n,) and the probability that each was drawn with, (n,).
         """
-        row_sigma = sigma.expand(len(x))
-        score = denoise(x, row_sigma, pattern=AttentionPattern.FULL).double().exp()
-        drop = drop.double()
+        tokens, confidence = [x.new_empty(0)], [u.new_empty(0)]
+        num_rows = max(1, MAX_POSITIONS // x.shape[1])
+        for rows, asked, numbers in zip(*(t.split(num_rows) for t in (x, is_open, u)), strict=True):
+            at = asked.nonzero(as_tuple=True)
+            row_sigma = sigma.expand(len(rows))
+            log_score = denoise(rows, row_sigma, pattern=AttentionPattern.FULL, at=at)  # (n, V)
+            size = max(1, MAX_NUMBERS // log_score.shape[-1])
+            for some, u_some in zip(log_score.split(size), numbers[at].split(size), strict=True):
+                if not len(some):  # a pass it is all the same
+                    continue
+                log_p = self._reverse(some, drop=drop)
+                if is_last:
+                    log_p[:, self.mask_index] = -torch.inf
+                drawn = self.decoding.draw(log_p, u=u_some)
+                tokens.append(drawn[0])
+                confidence.append(drawn[1])
+        return torch.cat(tokens), torch.cat(confidence)
+
+    def _reverse(self, log_score: Tensor, *, drop: Tensor) -> Tensor:
+        """log p(x_s | x_t) of masks up to a constant, (n, V), when the total noise drops by `drop`.
+
+        The product of the staggered score e^(-drop Q) s and the transition x_s -> x_t, by which the
+        absorbing process reaches a mask from every token.
+        """
+        score, drop = log_score.double().exp_(), drop.double()
         absorbed = (1 - drop.exp()) * score.sum(dim=-1)
-        score = score * drop.exp()
-        score[..., self.mask_index] += absorbed
-        stay = (-drop).exp() * F.one_hot(x, score.shape[-1])
-        is_mask = (x == self.mask_index)[..., None]
-        return (score * (stay + is_mask * (1 - (-drop).exp()))).clamp(min=0).log()
+        score *= drop.exp()
+        score[:, self.mask_index] += absorbed
+        to_mask = 1 - (-drop).exp()
+        stays = (-drop).exp() + to_mask  # a mask is one
+        mask_score = score[:, self.mask_index] * stays
+        score *= to_mask
+        score[:, self.mask_index] = mask_score
+        return score.clamp_(min=0).log_()

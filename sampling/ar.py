@@ -10,9 +10,9 @@ from models.denoiser import Denoiser
 from models.kv_cache import KVCache
 from models.masks import AttentionPattern
 
-from .base import Generators, Progress, SamplerOutput, uniform
+from .base import Generators, Positions, Progress, SamplerOutput, uniform
 from .blockwise import CONTEXT_WINDOW, BlockwiseSampler
-from .reveal import NOT_MASKED
+from .reveal import NOT_MASKED, passes_of
 
 STOP_EVERY = 16  # tokens between two looks at the stop rule
 
@@ -37,18 +37,21 @@ class AutoregressiveSampler(BlockwiseSampler):
         length = canvas.shape[1]
         progress, cache = self.begin(denoise, canvas, limits=limits, on_step=on_step)
         u = uniform((len(canvas), length), device=canvas.device, generator=generator)
-        for position in range(1, length):
-            at = progress.to_fill(position, position + 1)  # (B, 1)
-            if at.any():
-                log_p = self.predict(
-                    denoise, progress, cache, start=position, end=position + 1, at=at
-                )
-                tokens, confidence = self.decoding.draw(log_p, u=u[:, position : position + 1][at])
-                progress.reveal(at, tokens=tokens, confidence=confidence, start=position)
-            if (position + 1) % STOP_EVERY == 0 or position + 1 == length:
-                self.stop.apply(progress, end=position + 1)
-                if not progress.is_active.any():
-                    break
+        start = 1
+        while start < length and progress.is_active.any():
+            end = min(length, (start // STOP_EVERY + 1) * STOP_EVERY)
+            masked = progress.to_fill(start, end)
+            number = torch.arange(end - start, device=u.device).where(masked, NOT_MASKED)
+            for position, (rows, columns) in enumerate(passes_of(number), start=start):
+                if len(rows):
+                    at = rows, torch.zeros_like(columns)
+                    log_p = self.predict(
+                        denoise, progress, cache, start=position, end=position + 1, at=at
+                    )
+                    tokens, confidence = self.decoding.draw(log_p, u=u[rows, position])
+                    progress.reveal(at, tokens=tokens, confidence=confidence, start=position)
+            self.stop.apply(progress, end=end)
+            start = end
         return progress.output(pad_index=self.pad_index)
 
     def cache_capacity(self, length: int) -> int:
@@ -71,9 +74,9 @@ class AutoregressiveSampler(BlockwiseSampler):
         *,
         start: int,
         end: int,
-        at: Tensor,
+        at: Positions,
     ) -> Tensor:
-        """log p of the token at `start` = `end` - 1 in the rows `at` (B, 1), (n, V)."""
+        """log p of the token at `start` = `end` - 1 in these rows, (n, V)."""
         first = max(0, start - CONTEXT_WINDOW)
         if cache is not None:
             while start > cache.capacity and cache.num_tokens < start - 1:
@@ -81,7 +84,7 @@ class AutoregressiveSampler(BlockwiseSampler):
                 self.store(denoise, progress, cache, num_tokens=1)
             first = cache.num_tokens
         window = progress.x[:, first:start]
-        at = torch.nn.functional.pad(at, (window.shape[1] - 1, 0))
+        at = at[0], at[1] + (window.shape[1] - 1)
         log_p = denoise(window, pattern=self.pattern, kv_cache=cache, at=at)
         if cache is not None:
             cache.commit(window.shape[1])

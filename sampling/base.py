@@ -15,6 +15,8 @@ from models.denoiser import Denoiser
 
 # One generator for the batch, or one for each row: then a row does not depend on its neighbours.
 Generators = torch.Generator | Sequence[torch.Generator] | None
+# Rows and columns (n,) each. A boolean mask says the same, and a GPU would have to count it.
+Positions = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,9 @@ class SamplerOutput:
     num_denoising_passes: Tensor
     revealed_at: Tensor
     confidence: Tensor
+
+    def first_rows(self, num_rows: int) -> "SamplerOutput":
+        return SamplerOutput(**{name: value[:num_rows] for name, value in vars(self).items()})
 
     def replace_rows(self, rows: Sequence[int], other: "SamplerOutput") -> "SamplerOutput":
         """The same with the rows of these n numbers taken from an output of n rows."""
@@ -126,30 +131,36 @@ class Progress:
 
     def reveal(
         self,
-        at: Tensor,
+        at: Positions,
         *,
         tokens: Tensor,
         confidence: Tensor,
         start: int = 0,
         took_part: Tensor | None = None,
     ) -> None:
-        """Write the tokens (n,) of one pass where a boolean mask is True.
+        """Write the tokens (n,) of one pass.
 
         Args:
-            at: (B, T), its first column is position `start`.
+            at: where; column 0 is position `start`.
             tokens, confidence: (n,).
             start: see `at`.
             took_part: rows whose pass it was, (B,); by default those with a new token.
         """
-        columns = slice(start, start + at.shape[1])
-        self._denoising_passes += at.any(dim=1) if took_part is None else took_part
-        # Without indexing by booleans, for which a GPU would have to tell how many there are.
-        self.x[:, columns].masked_scatter_(at, tokens)
-        self._confidence[:, columns].masked_scatter_(at, confidence.float())
-        revealed_at = self._revealed_at[:, columns]
-        revealed_at.copy_(torch.where(at, self._denoising_passes[:, None], revealed_at))
+        rows, columns = at[0], at[1] + start
+        if took_part is None:
+            took_part = torch.zeros_like(self.is_active).index_fill_(0, rows, True)
+        self._denoising_passes += took_part
+        self.x[rows, columns] = tokens
+        self._confidence[rows, columns] = confidence.float()
+        self._revealed_at[rows, columns] = self._denoising_passes[rows]
         if self._on_step is not None:
             self._on_step(self.x)
+
+    def saved(self) -> Callable[[], None]:
+        """What takes back the passes that come now."""
+        names = ("x", "_denoising_passes", "_revealed_at", "_confidence")
+        kept = {name: getattr(self, name).clone() for name in names}
+        return lambda: vars(self).update(kept)
 
     def to_fill(self, start: int, end: int) -> Tensor:
         """The masks in these columns that are to be revealed, (B, end - start) bool."""

@@ -8,14 +8,13 @@ import abc
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from models.denoiser import Denoiser
 from models.kv_cache import KVCache
 from models.masks import AttentionPattern
 
-from .base import Progress
+from .base import Positions, Progress
 from .decoding import Decoding
 from .stopping import StopRule
 
@@ -65,8 +64,8 @@ class BlockwiseSampler(abc.ABC):
     ) -> None:
         """Store the next tokens, all of them final, in a pass that predicts nothing."""
         tokens = progress.x[:, cache.num_tokens : cache.num_tokens + num_tokens]
-        nowhere = torch.zeros_like(tokens, dtype=torch.bool)
-        denoise(tokens, pattern=self.pattern, kv_cache=cache, at=nowhere)
+        none = tokens.new_empty(0)
+        denoise(tokens, pattern=self.pattern, kv_cache=cache, at=(none, none))
         cache.commit(num_tokens)
         progress.count_storing_pass()
 
@@ -91,6 +90,6 @@ class BlockwiseSampler(abc.ABC):
         *,
         start: int,
         end: int,
-        at: Tensor,
+        at: Positions,
     ) -> Tensor:
-        """log p at the positions `at` (B, end - start) of the block, (n, V)."""
+        """log p at these positions of the block, whose first column is `start`, (n, V)."""

@@ -10,6 +10,11 @@ NUCLEUS_RULES = ("paper", "standard")
 # Tokens among which the nucleus is looked for first, then four times as many, and so on: to sort
 # 50,000 numbers takes as long as the network takes for a block.
 CANDIDATES = 256
+# A GPU would be waited for in each pass to learn who needs more. There so many are taken, and who
+# needed more is known when the block is done.
+GUESSED_CANDIDATES = 4096
+# Probabilities held at once, in float64 and several forms of 0.13 GB.
+MAX_NUMBERS = 2**24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,16 +45,37 @@ class Decoding:
         probs = log_p.softmax(dim=-1)
         return probs if self.top_k is None else top_k(probs, k=self.top_k)
 
-    def draw(self, log_p: Tensor, *, u: Tensor) -> tuple[Tensor, Tensor]:
+    def may_guess(self, device: torch.device) -> bool:
+        """Whether draws are to be made among `GUESSED_CANDIDATES` first."""
+        return self.nucleus_p < 1 and self.temperature != 0 and runs_ahead(device)
+
+    def draw(
+        self, log_p: Tensor, *, u: Tensor, is_wrong: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """One token for each row of (n, V) and uniform number of (n,).
+
+        Args:
+            log_p, u: see above.
+            is_wrong: a boolean () that becomes True where a nucleus has more than
+                `GUESSED_CANDIDATES` tokens and the rest was left out; None: none is left out.
 
         Returns:
             Tokens (n,) int64 and the probability that each was drawn with, (n,).
         """
+        size = max(1, MAX_NUMBERS // log_p.shape[-1])
+        if len(log_p) > size:
+            parts = zip(log_p.split(size), u.split(size), strict=True)
+            drawn = [self.draw(some, u=v, is_wrong=is_wrong) for some, v in parts]
+            tokens, confidence = zip(*drawn, strict=True)
+            return torch.cat(tokens), torch.cat(confidence)
         probs, tokens = self.probs(log_p), None
         if self.nucleus_p < 1 and self.temperature != 0:
-            keeps_crossing = self.nucleus_rule == "standard"
-            probs, tokens = nucleus_tokens(probs, p=self.nucleus_p, keeps_crossing=keeps_crossing)
+            rule = {"p": self.nucleus_p, "keeps_crossing": self.nucleus_rule == "standard"}
+            if is_wrong is None:
+                probs, tokens = nucleus_tokens(probs, **rule)
+            else:
+                probs, tokens, ends_later = _nucleus_among(probs, num=GUESSED_CANDIDATES, **rule)
+                is_wrong |= ends_later.any()
             # In the order of the vocabulary, so that u means the same token as among all of it.
             tokens, by_id = tokens.sort(dim=-1, stable=True)
             probs = probs.gather(-1, by_id)
@@ -99,21 +125,30 @@ def nucleus_tokens(probs: Tensor, *, p: float, keeps_crossing: bool) -> tuple[Te
         Probabilities as they were, and ids, of K tokens of each row, (n, K). Tokens that are not
         in the nucleus have 0; rows of a smaller nucleus end in those, of any id.
     """
-    size, num = probs.shape[-1], CANDIDATES
+    num = CANDIDATES
     rows = torch.arange(len(probs), device=probs.device)  # whose nucleus is not known yet
     weights, tokens = probs.new_zeros(len(probs), 0), rows.new_zeros(len(probs), 0)
     while len(rows):
         is_all = len(rows) == len(probs)
-        ordered, order = _most_probable(probs if is_all else probs[rows], num=num)
-        cumulative = ordered.cumsum(dim=-1)
-        keep = (cumulative - ordered < p) if keeps_crossing else (cumulative <= p)
-        keep[:, 0] = True
-        more = (0, ordered.shape[-1] - weights.shape[-1])
+        kept, order, ends_later = _nucleus_among(
+            probs if is_all else probs[rows], num=num, p=p, keeps_crossing=keeps_crossing
+        )
+        more = (0, kept.shape[-1] - weights.shape[-1])
         weights, tokens = F.pad(weights, more), F.pad(tokens, more)
-        weights[rows], tokens[rows] = ordered * keep, order
-        ends_later = keep[:, -1] & (num < size)
+        weights[rows], tokens[rows] = kept, order
         rows, num = rows[ends_later], 4 * num
     return weights, tokens
+
+
+def _nucleus_among(
+    probs: Tensor, *, num: int, p: float, keeps_crossing: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`nucleus_tokens` among the `num` most probable ones, and whether there are more, (n,)."""
+    ordered, order = _most_probable(probs, num=num)
+    cumulative = ordered.cumsum(dim=-1)
+    keep = (cumulative - ordered < p) if keeps_crossing else (cumulative <= p)
+    keep[:, :1] = True
+    return ordered * keep, order, keep[:, -1] & (num < probs.shape[-1])
 
 
 def _most_probable(probs: Tensor, *, num: int) -> tuple[Tensor, Tensor]:
@@ -134,3 +169,24 @@ def categorical(probs: Tensor, *, u: Tensor) -> Tensor:
     # Rounding must not carry u * total up to the total: behind it is no token.
     target = torch.minimum(u[..., None] * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cdf, target, right=True).squeeze(-1)
+
+
+def runs_ahead(device: torch.device) -> bool:
+    """Whether work is queued there, so that asking for a result costs more than the work."""
+    return device.type == "cuda"
+
+
+class Guesses:
+    """Whether to guess in the next block: not where more than one in 16 had to be done again."""
+
+    def __init__(self):
+        self._num_blocks, self._num_wrong = 0, 0
+
+    def next(self) -> bool:
+        self._num_blocks += 1
+        return self._num_wrong * 16 < self._num_blocks
+
+    def was_wrong(self, is_wrong: Tensor) -> bool:
+        """Waits for what the block's draws have found out."""
+        self._num_wrong += (wrong := bool(is_wrong))
+        return wrong

@@ -26,6 +26,7 @@ from models.kv_cache import KVCache
 from .base import Generators, Progress, SamplerOutput, uniform
 from .blockwise import BlockwiseSampler
 from .decoding import categorical
+from .reveal import passes_of
 
 
 class Particles(Progress):
@@ -67,9 +68,8 @@ class Particles(Progress):
         """Normalised in each row, (B, K)."""
         return self.log_weight.softmax(dim=1)
 
-    def weigh(self, at: Tensor, *, log_p: Tensor) -> None:
-        """Multiply the weights by probabilities (n,) of the tokens at a boolean mask (B K, T)."""
-        rows = at.nonzero()[:, 0]
+    def weigh(self, rows: Tensor, *, log_p: Tensor) -> None:
+        """Multiply the weights of particles (n,), some several times, by probabilities (n,)."""
         self.log_weight.view(-1).index_add_(0, rows, log_p)
 
     def resample(self, *, u: Tensor) -> Tensor | None:
@@ -169,16 +169,16 @@ class ParticleSampler:
         """Reveal the masks of one block: draw tokens, or write given ones and weigh them."""
         inner, wanted = self.inner, particles.wanted[:, start:end]
         u_order, u_token = u.split(end - start, dim=1)
-        number = inner.pass_numbers(particles.to_fill(start, end), u=u_order)
-        for step in range(int(number.max()) + 1):
-            at = number == step
+        for at in passes_of(inner.pass_numbers(particles.to_fill(start, end), u=u_order)):
+            if not len(at[0]):
+                continue
             log_p = inner.predict(denoise, particles, cache, start=start, end=end, at=at)
             tokens, confidence = inner.decoding.draw(log_p, u=u_token[at])
-            is_given = wanted[at] != inner.mask_index
-            tokens = torch.where(is_given, wanted[at], tokens)
-            log_likelihood = self._log_likelihood(log_p[is_given], tokens=tokens[is_given])
-            confidence[is_given] = log_likelihood.exp()
-            particles.weigh(at & (wanted != inner.mask_index), log_p=log_likelihood)
+            given = (wanted[at] != inner.mask_index).nonzero()[:, 0]
+            tokens[given] = wanted[at][given]
+            log_likelihood = self._log_likelihood(log_p[given], tokens=tokens[given])
+            confidence[given] = log_likelihood.exp()
+            particles.weigh(at[0][given], log_p=log_likelihood)
             particles.reveal(at, tokens=tokens, confidence=confidence, start=start)
 
     def _log_likelihood(self, log_p: Tensor, *, tokens: Tensor) -> Tensor:

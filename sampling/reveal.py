@@ -10,6 +10,23 @@ from torch import Tensor
 NOT_MASKED = -1
 
 
+def passes_of(number: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Where each pass of a block reveals tokens: rows and columns (n,), row after row.
+
+    All passes at once: a GPU is waited for once, to learn how many positions each has.
+
+    Args:
+        number: the pass of each mask, below L, and `NOT_MASKED` elsewhere, (B, L) int64.
+    """
+    flat, width = number.flatten(), number.shape[1]
+    counts = torch.zeros(width + 1, dtype=torch.int64, device=flat.device)
+    counts.scatter_add_(0, flat - NOT_MASKED, torch.ones_like(flat))
+    order = flat.argsort(stable=True)
+    sizes = counts.tolist()
+    rows, columns = (order // width).split(sizes), (order % width).split(sizes)
+    return list(zip(rows, columns, strict=True))[1:]
+
+
 def one_by_one(masked: Tensor, *, u: Tensor, tokens_per_step: int = 1) -> Tensor:
     """First-hitting: masks are revealed in a uniformly random order (paper appendix B.1).
 

@@ -23,7 +23,7 @@ def draw_rows(
     max_retries: int = 10,
     on_step: Callable[[Tensor], None] | None = None,
 ) -> SamplerOutput:
-    """Complete a canvas; rows that degenerate are drawn again, alone.
+    """Complete a canvas; rows that degenerate are drawn again, without the others.
 
     A row's stream depends on `seed` and the row's number alone: the same rows come out in batches
     of any size.
@@ -41,14 +41,25 @@ def draw_rows(
     denoise = denoise.for_sampling()
 
     def draw(rows: list[int], *, attempt: int) -> SamplerOutput:
-        seeds = [derive_seed(seed, SAMPLE_STREAM, first_row + row, attempt) for row in rows]
-        return sampler.sample(
+        # Static passes are made for one batch size: what fills it up ends before it begins.
+        num_spare = len(canvas) - len(rows) if denoise.has_static_passes else 0
+        drawn = rows + rows[:1] * num_spare
+        ends = None if limits is None else limits[drawn]
+        if num_spare:
+            ends = torch.full_like(canvas[drawn, 0], canvas.shape[1]) if ends is None else ends
+            ends[len(rows) :] = 1
+        show = on_step
+        if num_spare and on_step is not None:
+            show = lambda tokens: on_step(tokens[: len(rows)])  # noqa: E731
+        seeds = [derive_seed(seed, SAMPLE_STREAM, first_row + row, attempt) for row in drawn]
+        output = sampler.sample(
             denoise,
-            canvas[rows],
-            limits=None if limits is None else limits[rows],
+            canvas[drawn],
+            limits=ends,
             generator=[torch.Generator(canvas.device).manual_seed(s) for s in seeds],
-            on_step=on_step,
+            on_step=show,
         )
+        return output.first_rows(len(rows)) if num_spare else output
 
     output = draw(list(range(len(canvas))), attempt=0)
     for attempt in range(1, max_retries + 1):

@@ -19,9 +19,10 @@ from models.denoiser import Denoiser
 from models.kv_cache import KVCache
 from models.masks import AttentionPattern
 
-from .base import Generators, Progress, SamplerOutput, uniform
+from .base import Generators, Positions, Progress, SamplerOutput, uniform
 from .blockwise import CONTEXT_WINDOW, BlockwiseSampler
-from .reveal import confident, on_time_grid, one_by_one
+from .decoding import Guesses
+from .reveal import confident, on_time_grid, one_by_one, passes_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +56,13 @@ class SemiAutoregressiveSampler(BlockwiseSampler):
         """See `Sampler.sample`."""
         length = canvas.shape[1]
         progress, cache = self.begin(denoise, canvas, limits=limits, on_step=on_step)
-        start = 0
+        start, guesses = 0, Guesses() if self.decoding.may_guess(canvas.device) else None
         while start < length and progress.is_active.any():
             end = self.end_of_block(start, length=length)
-            self.fill(denoise, progress, cache, start=start, end=end, generator=generator)
+            self.fill(
+                denoise, progress, cache,
+                start=start, end=end, generator=generator, guesses=guesses,
+            )  # fmt: skip
             self.stop.apply(progress, end=end)
             start = end
         return progress.output(pad_index=self.pad_index)
@@ -88,6 +92,7 @@ class SemiAutoregressiveSampler(BlockwiseSampler):
         start: int,
         end: int,
         generator: Generators,
+        guesses: Guesses | None,
     ) -> None:
         """Reveal the masks of one block, in all active rows."""
         masked = progress.to_fill(start, end)
@@ -95,17 +100,27 @@ class SemiAutoregressiveSampler(BlockwiseSampler):
         u = uniform((len(masked), 2 * size), device=masked.device, generator=generator)
         u_order, u_token = u.split(size, dim=1)
 
-        def predict(at: Tensor) -> Tensor:
+        def predict(at: Positions) -> Tensor:
             return self.predict(denoise, progress, cache, start=start, end=end, at=at)
 
         if self.confidence_threshold is not None:
             self._fill_by_confidence(predict, progress, masked, u_token=u_token, start=start)
             return
-        number = self.pass_numbers(masked, u=u_order)
-        for step in range(int(number.max()) + 1):
-            at = number == step
-            tokens, confidence = self.decoding.draw(predict(at), u=u_token[at])
-            progress.reveal(at, tokens=tokens, confidence=confidence, start=start)
+        passes = [at for at in passes_of(self.pass_numbers(masked, u=u_order)) if len(at[0])]
+
+        def run(is_wrong: Tensor | None) -> None:
+            for at in passes:
+                drawn = self.decoding.draw(predict(at), u=u_token[at], is_wrong=is_wrong)
+                progress.reveal(at, tokens=drawn[0], confidence=drawn[1], start=start)
+
+        if guesses is None or not guesses.next():
+            run(None)
+            return
+        take_back, is_wrong = progress.saved(), torch.zeros_like(progress.is_active[0])
+        run(is_wrong)
+        if guesses.was_wrong(is_wrong):
+            take_back()
+            run(None)
 
     def pass_numbers(self, masked: Tensor, *, u: Tensor) -> Tensor:
         """In which pass each mask of a block is revealed, (B, L); see `reveal.one_by_one`."""
@@ -115,7 +130,7 @@ class SemiAutoregressiveSampler(BlockwiseSampler):
 
     def _fill_by_confidence(
         self,
-        predict: Callable[[Tensor], Tensor],
+        predict: Callable[[Positions], Tensor],
         progress: Progress,
         masked: Tensor,
         *,
@@ -123,14 +138,16 @@ class SemiAutoregressiveSampler(BlockwiseSampler):
         start: int,
     ) -> None:
         """Reveal in each pass what is probable enough, at least one mask per row."""
-        while masked.any():
-            log_p = predict(masked)  # (n, V)
+        while len((asked := masked.nonzero(as_tuple=True))[0]):
+            log_p = predict(asked)  # (n, V)
             best = torch.zeros(masked.shape, dtype=torch.float64, device=masked.device)
-            best[masked] = log_p.double().amax(dim=-1).exp()
-            at = confident(masked, confidence=best, threshold=self.confidence_threshold)
-            tokens, confidence = self.decoding.draw(log_p[at[masked]], u=u_token[at])
+            best[asked] = log_p.amax(dim=-1).double().exp()
+            is_sure = confident(masked, confidence=best, threshold=self.confidence_threshold)
+            chosen = is_sure[asked].nonzero()[:, 0]
+            at = asked[0][chosen], asked[1][chosen]
+            tokens, confidence = self.decoding.draw(log_p[chosen], u=u_token[at])
             progress.reveal(at, tokens=tokens, confidence=confidence, start=start)
-            masked = masked & ~at
+            masked = masked & ~is_sure
 
     def predict(
         self,
@@ -140,14 +157,14 @@ class SemiAutoregressiveSampler(BlockwiseSampler):
         *,
         start: int,
         end: int,
-        at: Tensor,
+        at: Positions,
     ) -> Tensor:
-        """log p at the positions `at` (B, end - start) of the block, (n, V)."""
+        """See `BlockwiseSampler.predict`."""
         first = self._window_start(end)
         if cache is not None:
             first = self._store_what_does_not_fit(denoise, progress, cache, start=start, end=end)
         window = progress.x[:, first:end]
-        at = torch.nn.functional.pad(at, (start - first, 0))
+        at = at[0], at[1] + (start - first)
         log_p = denoise(window, pattern=self.pattern, kv_cache=cache, at=at)
         if cache is not None and start > first:
             # The finished blocks went through the network together with this one's first step.

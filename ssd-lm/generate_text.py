@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ssd_model import PUBLISHED, TOKENIZER, SSDModel, load_model, load_tokenizer
 from ssd_sampling import RowDraws, SSDSettings, sample_text
 
-from utils import derive_seed, json_text, print_without_fail, write_text
+from utils import derive_seed, json_text, made_current, print_without_fail, write_text
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 
@@ -104,7 +104,7 @@ def find_device(name: str) -> torch.device:
     allowed += [f"cuda:{i}" for i in range(torch.cuda.device_count() if has_gpu else 0)]
     if name not in allowed:
         raise ValueError(f"argument --device: {name}: allowed here are auto, {', '.join(allowed)}")
-    return torch.device(name)
+    return made_current(torch.device(name))
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:

@@ -82,6 +82,7 @@ def fake_gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     def set_count(count: int) -> None:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
 
     return set_count
 

@@ -16,6 +16,7 @@ import pytest
 import rich.console
 import rich.panel
 import rich.text
+import torch
 from fsspec.implementations.local import LocalFileSystem
 
 from utils import (
@@ -26,6 +27,7 @@ from utils import (
     get_logger,
     json_text,
     lock_holder,
+    made_current,
     print_without_fail,
     process_rank,
     resolve_device,
@@ -177,6 +179,21 @@ def test_rank_before_there_is_a_process_group(environment, expected, monkeypatch
 def test_device_of_a_machine_without_gpu(fake_gpus):
     fake_gpus(0)
     assert resolve_device("auto").type == resolve_device("cpu").type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "expected"), [("0", "cuda:0"), ("3", "cuda:3"), ("5", "cuda:1")]
+)
+def test_the_device_of_a_process_is_its_current_one(fake_gpus, monkeypatch, local_rank, expected):
+    """Under torchrun all processes recorded their CUDA graphs on the first GPU, whose tensors
+    were on another one, and wrote wrong texts."""
+    fake_gpus(4)
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(str(device)))
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    assert str(resolve_device("auto")) == expected and current == [expected]
+    made_current(torch.device("cpu")), made_current(torch.device("cuda"))
+    assert current == [expected]
 
 
 def test_json_is_valid_whatever_the_numbers():

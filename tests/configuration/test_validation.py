@@ -70,6 +70,7 @@ REFUSED = [
     # switches
     (["sampling.kv_cache=1"], "sampling.kv_cache=1: allowed are true and false"),
     (["sampling.compile=true"], "sampling.compile=True: allowed with sampling.kv_cache=false"),
+    (["sampling.compile=graph"], "sampling.compile=graph: allowed are true, false and graphs"),
     (["training.resample=maybe"], "training.resample=maybe: allowed are true and false"),
     (["data.wrap=[1]"], "data.wrap=[1]: allowed are true and false"),
     # texts, which Hydra may have read as something else
@@ -209,6 +210,7 @@ ALLOWED = [
     ["algo=sedd", "algo.mdlm_loss_scale=true"],
     ["algo=ar", "sampling.kv_cache=true", "mode=sample_eval"],
     ["mode=sample_eval"],
+    ["mode=sample_eval", "sampling.kv_cache=true", "sampling.compile=graphs"],
     ["then=[ppl_eval,sample_eval]"],
     ["mode=sample_eval", "sampling.first_hitting=false", "algo.T=64", "block_size=4"],
     ["mode=ppl_eval", "model.attn_backend=flex"],

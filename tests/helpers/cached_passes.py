@@ -20,10 +20,8 @@ def passes(network, *, pattern, dtype=torch.float32):
     return torch.cat(logits).float()
 
 
-def ring(network, *, pattern, capacity=16, compiled_with=None):
+def ring(network, *, pattern, capacity=16):
     """Logits of passes, some shapes several times; 16 tokens of cache are fewer than the text."""
-    if compiled_with is not None:
-        network._compiled = compiled_with(network)
     tokens = random_tokens(2, 28)
     at = torch.zeros(2, 8, dtype=torch.bool)
     at[0, 5] = at[1, 7] = True

@@ -139,3 +139,18 @@ def test_masked_mean_counts_the_mask():
     losses = torch.tensor([[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]])
     mask = torch.tensor([[1, 1, 0], [0, 0, 1]])
     assert masked_mean(losses, mask=mask).item() == 11.0
+
+
+@pytest.mark.parametrize("is_fast", [False, True])
+@pytest.mark.parametrize("parameterization", ["subs", "ar", "sedd"])
+@torch.no_grad()
+def test_positions_may_be_a_mask_or_an_index(parameterization, is_fast):
+    """Samplers know how many positions they ask for; a boolean has to be counted on a GPU."""
+    denoise = denoiser_of(parameterization, block_size=4)
+    denoise = denoise.for_sampling() if is_fast else denoise
+    x = random_tokens(3, 8).masked_fill(torch.arange(8) % 3 == 1, MASK)
+    sigma = torch.tensor([0.3, 0.6, 0.9]) if parameterization == "sedd" else None
+    is_asked = (x == MASK) & torch.tensor([[True], [False], [True]])
+    expected = denoise(x, sigma, pattern=P.FULL, at=is_asked)
+    found = denoise(x, sigma, pattern=P.FULL, at=is_asked.nonzero(as_tuple=True))
+    assert found.shape == (6, V) and torch.equal(found, expected)

@@ -11,8 +11,7 @@ from models.attention import attend
 from models.inference import InferenceDIT, cast_matrices
 from models.kernels.packed_linear import PackedLinear, can_pack
 from models.masks import AttentionPattern
-from models.static_inference import StaticInferenceDIT
-from tests.helpers.cached_passes import passes, ring
+from tests.helpers.cached_passes import passes
 from tests.helpers.references import brute_force_mask, denoiser_of, random_tokens, small_dit
 
 P = AttentionPattern
@@ -152,41 +151,3 @@ def test_what_is_compiled_is_not_packed():
         assert not denoiser.for_sampling(compiled=True).backbone.inner.head.weight.is_mkldnn
         cast_matrices(denoiser.backbone, torch.bfloat16, packs=False)
         assert not denoiser.for_sampling(compiled=True).backbone.inner.head.weight.is_mkldnn
-
-
-@pytest.mark.parametrize(
-    ("pattern", "capacity"), [(P.BLOCK_CAUSAL, 16), (P.BLOCK_CAUSAL, 28), (P.CAUSAL, 28)]
-)
-def test_static_passes_equal_the_growing_cache(pattern, capacity):
-    """Queries see all slots under a mask: the same, also when the ring is full."""
-    network = InferenceDIT(small_dit(block_size=4))
-    how = {"pattern": pattern, "capacity": capacity}
-    found = ring(StaticInferenceDIT(network), compiled_with=lambda n: n.forward, **how)
-    torch.testing.assert_close(found, ring(network, **how), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_compiled_passes_equal_the_growing_cache():
-    """Three shapes, so three compilations, and not one more for the second cache."""
-    network = InferenceDIT(small_dit(block_size=4))
-    static = StaticInferenceDIT(network)
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    found = [ring(static, pattern=P.BLOCK_CAUSAL) for _ in range(2)]
-    expected = ring(network, pattern=P.BLOCK_CAUSAL)
-    for logits in found:
-        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
-    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert compiled <= 3
-
-
-def test_static_cache_keeps_its_addresses():
-    """Recorded passes read the buffers where they were."""
-    static = StaticInferenceDIT(InferenceDIT(small_dit(block_size=4)))
-    cache = static.make_cache(2, capacity=16)
-    address = cache.buffers.data_ptr()
-    static._compiled = static.forward
-    for start in (0, 4, 8):
-        static(random_tokens(2, 12)[:, start : start + 4], pattern=P.BLOCK_CAUSAL, kv_cache=cache)
-        cache.commit(4)
-    assert cache.buffers.data_ptr() == address

@@ -247,12 +247,12 @@ def test_a_sample_that_cannot_be_scored_does_not_spoil_the_mean():
     assert found["new tokens per pass"] == 9 / 6
 
 
-@pytest.mark.slow
-def test_compiled_passes_give_the_same_text(small_run):
+@pytest.mark.parametrize("form", ["graphs", pytest.param("true", marks=pytest.mark.slow)])
+def test_static_passes_give_the_same_text(small_run, form):
     """The float32 sums differ in their last bits alone, which no draw of these meets."""
     sizes = ("loader.eval_batch_size=2", "sampling.kv_cache=true", NO_SCORER)
     plain = small_run(*sizes)
-    both = small_run(*sizes, "sampling.compile=true")  # to the same file
+    both = small_run(*sizes, f"sampling.compile={form}")  # to the same file
     compiled = both[len(plain) :]
     assert [r.samples for r in compiled] == [r.samples for r in plain]
     assert [r.gen_nfes for r in compiled] == [r.gen_nfes for r in plain]

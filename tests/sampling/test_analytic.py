@@ -4,10 +4,14 @@ import itertools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.masks import AttentionPattern
 from noise_schedule import get_noise
+from sampling import analytic, decoding
 from sampling.analytic import AnalyticSampler
+from sampling.decoding import Decoding
+from tests.helpers.random_networks import network
 from tests.helpers.toys import BOS, MASK, NUM_DRAWS, NUM_TOKENS, V, canvas, fit
 
 LENGTH = 4
@@ -29,7 +33,7 @@ class ExactScore:
         ratio = 1 / torch.expm1(sigma[:, None, None].double())
         score[..., :NUM_TOKENS] = MARGINALS[: x.shape[1]] * ratio
         score = torch.where((x == MASK)[..., None], score, torch.zeros_like(score))
-        return score.scatter(-1, x[..., None], 1.0).log()
+        return score.scatter(-1, x[..., None], 1.0).log()[at]
 
 
 def draw(score, *, num_steps, batch_size=NUM_DRAWS, seed=0, **changes):
@@ -61,7 +65,7 @@ def test_tokens_are_revealed_along_the_way():
             masked_before_last.append((x == MASK).float().mean().item())
             return super().__call__(x, sigma, **arguments)
 
-    draw(Watching(), num_steps=4, batch_size=2000)
+    draw(Watching(), num_steps=4, batch_size=1000)
     # Of three free positions in four, the share that is masked at t is p(t) = t.
     expected = [0.75 * t for t in (1.0, 0.75, 0.5, 0.25, 0.0)]
     assert masked_before_last == pytest.approx(expected, abs=0.03)
@@ -92,3 +96,43 @@ def test_the_generator_decides():
         draw(ExactScore(), num_steps=3, batch_size=100, seed=s).tokens for s in (0, 0, 1)
     )
     assert torch.equal(one, two) and not torch.equal(one, other)
+
+
+class Doubles(TorchDispatchMode):
+    """The most numbers of a float64 tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype == torch.float64:
+            self.most = max(self.most, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("nucleus_p", [1.0, 0.9])
+def test_scores_of_a_batch_are_never_there_together(nucleus_p, monkeypatch):
+    """Several (B, N, V) in float64 were: at batch 64 and GPT-2's tokens 26 GB each."""
+    decoding_of = {"decoding": Decoding(nucleus_p=nucleus_p)}
+    denoise = network(block_size=LENGTH, parameterization="sedd")
+    sampler = AnalyticSampler(
+        num_steps=3, pad_index=0, mask_index=22, noise=get_noise("loglinear"), **decoding_of
+    )
+    rows = torch.full((6, 8), 22)
+    rows[:, 0] = rows[1, 3] = 5
+
+    def drawn():
+        with Doubles() as doubles:
+            output = sampler.sample(denoise, rows, generator=torch.Generator().manual_seed(0))
+        return output, doubles.most
+
+    whole, most = drawn()
+    assert most == 6 * 7 * 23 - 23, "what is not masked has no scores"
+    monkeypatch.setattr(analytic, "MAX_POSITIONS", 16)  # two rows
+    for module in (analytic, decoding):
+        monkeypatch.setattr(module, "MAX_NUMBERS", 4 * 23)
+    parts, most = drawn()
+    assert torch.equal(parts.tokens, whole.tokens) and most == 4 * 23
+    torch.testing.assert_close(parts.confidence, whole.confidence)

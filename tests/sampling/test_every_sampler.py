@@ -103,7 +103,7 @@ class OnlyText:
             is_mask = (x == MASK)[..., None]
             return torch.where(
                 is_mask, there.scatter(-1, tokens[..., None], ratio.expand(*x.shape, 1)), there
-            )
+            )[at]
         return torch.full(shape, -1e6).scatter(-1, tokens[..., None], 0.0)[at]
 
 

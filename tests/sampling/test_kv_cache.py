@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from models.dit import DIT
-from sampling import ar, semi_ar
+from sampling import ar, semi_ar, stopping
 from sampling.ar import AutoregressiveSampler
+from sampling.rows import draw_rows
+from sampling.stopping import StopRule
 from tests.helpers.random_networks import BOS, MASK, canvas, generators, network, semi
 
 KINDS = {
@@ -157,3 +159,33 @@ def test_bf16_cache_follows_the_precision():
         sampler = semi(4, use_cache=True)
         output = sampler.sample(denoise, canvas(2, 16), generator=generators(range(2)))
     assert cache._buffer.dtype == torch.bfloat16 and (output.tokens != MASK).all()
+
+
+def test_batches_take_over_the_static_cache():
+    """Each batch recorded its passes anew, over a new cache, while the last one still lay there."""
+    denoise = network(block_size=4).for_sampling(compiled="graphs")
+    sampler = semi(4, use_cache=True, stop=StopRule(min_entropy=None))
+    found = [draw_rows(sampler, denoise, canvas(3, 16), seed=seed) for seed in (1, 2)]
+    kept = [denoise.backbone._layers, dict(denoise.backbone._passes)]
+    found += [draw_rows(sampler, denoise, canvas(3, 16), seed=seed) for seed in (1, 2)]
+    assert denoise.backbone._layers is kept[0]
+    assert denoise.backbone._passes == kept[1] and None not in kept[1].values()
+    assert all(torch.equal(found[i].tokens, found[i + 2].tokens) for i in (0, 1))
+    plain = draw_rows(sampler, network(block_size=4), canvas(3, 16), seed=1)
+    assert torch.equal(found[0].tokens, plain.tokens)
+
+
+def test_rows_are_drawn_again_in_a_full_batch(monkeypatch):
+    """Texts of rows that degenerate, in a batch that is filled up and in one that is not."""
+    monkeypatch.setattr(stopping, "ENTROPY_WINDOW", 16)
+    sampler = semi(4, use_cache=True, stop=StopRule(min_entropy=1.0))
+    texts = []
+    for compiled in (False, "graphs"):
+        denoise = network(block_size=4).for_sampling(compiled=compiled)
+        limits = torch.tensor([24, 22, 23, 24, 21])
+        texts.append(draw_rows(sampler, denoise, canvas(5, 24), seed=0, limits=limits))
+    for name, value in vars(texts[0]).items():
+        if name != "confidence":
+            assert torch.equal(getattr(texts[1], name), value), name
+    is_second = texts[0].num_forward_passes > texts[0].num_denoising_passes
+    assert is_second.any() and not is_second.all(), "some were rejected"

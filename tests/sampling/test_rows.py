@@ -12,6 +12,8 @@ NUM_ROWS, PASSES = 40, 7
 class Denoise:
     """Stands for a network that nobody asks."""
 
+    has_static_passes = False
+
     def for_sampling(self):
         return self
 
@@ -21,8 +23,12 @@ class Moody:
 
     def __init__(self):
         self.sizes: list[int] = []
+        self.limits: list[list[int]] = []
 
     def sample(self, denoise, canvas, *, limits, generator, on_step):
+        self.limits.append(limits.tolist())
+        if on_step is not None:
+            on_step(canvas)
         self.sizes.append(len(canvas))
         token = (uniform((len(canvas), 1), device=canvas.device, generator=generator) * 1e6).long()
         passes = torch.full((len(canvas),), PASSES)
@@ -37,14 +43,20 @@ class Moody:
         )
 
 
-def draw(sampler: Moody, *, max_retries: int, rows=range(NUM_ROWS)) -> SamplerOutput:
+class StaticDenoise(Denoise):
+    has_static_passes = True
+
+
+def draw(
+    sampler: Moody, *, max_retries: int, rows=range(NUM_ROWS), denoise=None, on_step=None
+) -> SamplerOutput:
     canvas = blank_canvas(
         len(rows), 2, bos_index=0, mask_index=9, device=torch.device("cpu")
     )
     limits = torch.tensor([row % 2 + 1 for row in rows])
     return draw_rows(
-        sampler, Denoise(), canvas, seed=3, limits=limits, first_row=rows[0],
-        max_retries=max_retries,
+        sampler, denoise or Denoise(), canvas, seed=3, limits=limits, first_row=rows[0],
+        max_retries=max_retries, on_step=on_step,
     )  # fmt: skip
 
 
@@ -77,3 +89,18 @@ def test_retries_do_not_depend_on_the_batch():
         alone = draw(Moody(), max_retries=100, rows=range(row, row + 1))
         assert torch.equal(alone.tokens[0], whole.tokens[row])
         assert alone.num_forward_passes[0] == whole.num_forward_passes[row]
+
+
+def test_static_passes_see_batches_of_one_size():
+    """Each number of rejected rows compiled anew, and the fifth one ended the run."""
+    plain, static, shown = Moody(), Moody(), []
+    expected = draw(plain, max_retries=100)
+    found = draw(
+        static, max_retries=100, denoise=StaticDenoise(), on_step=lambda x: shown.append(len(x))
+    )
+    for name, value in vars(expected).items():
+        assert torch.equal(getattr(found, name), value), name
+    assert set(static.sizes) == {NUM_ROWS} and len(static.sizes) == len(plain.sizes)
+    assert shown == plain.sizes, "what fills a batch up is not shown"
+    spare = [limits[size:] for limits, size in zip(static.limits, plain.sizes, strict=True)]
+    assert all(set(limits) <= {1} for limits in spare), "and asks for nothing"

@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from models.masks import AttentionPattern
+from sampling import decoding
+from sampling.base import SamplerOutput
 from sampling.blockwise import CONTEXT_WINDOW
 from sampling.decoding import Decoding
+from tests.helpers import random_networks
 from tests.helpers.exact import ancestral, first_hitting
 from tests.helpers.toys import (
     BOS,
@@ -122,6 +125,35 @@ def test_nucleus_applies():
         probs = denoiser.probs((*text, MASK), len(text))
         text = (*text, probs.index(max(probs)))
     assert (output.tokens == torch.tensor(text)).all()
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize(("candidates", "is_redone"), [(2, True), (20, True), (23, False)])
+def test_guessed_nuclei(candidates, is_redone, use_cache, monkeypatch):
+    """On a GPU a block is drawn among so many candidates, and again where they were too few."""
+    random = random_networks.network(block_size=4)
+    settings = {"use_cache": use_cache, "decoding": Decoding(nucleus_p=0.999, temperature=3.0)}
+    passes = []
+
+    def draw_rows() -> SamplerOutput:
+        return random_networks.semi(4, **settings).sample(
+            random,
+            random_networks.canvas(3, 24),
+            generator=random_networks.generators(range(3)),
+            on_step=lambda x: passes.append(0),
+        )
+
+    expected, num_passes = draw_rows(), len(passes)
+    monkeypatch.setattr(decoding, "runs_ahead", lambda device: True)
+    monkeypatch.setattr(decoding, "GUESSED_CANDIDATES", candidates)
+    found = draw_rows()
+    assert torch.equal(found.tokens, expected.tokens)
+    assert torch.equal(found.revealed_at, expected.revealed_at)
+    assert torch.equal(found.num_forward_passes, expected.num_forward_passes)
+    torch.testing.assert_close(found.confidence, expected.confidence)
+    again = len(passes) - 2 * num_passes
+    # The first block, and then one in 16 at most.
+    assert again == (3 if is_redone else 0)
 
 
 # --- texts longer than what the network sees -------------------------------------------------
