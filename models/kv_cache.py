@@ -25,15 +25,14 @@ class KVCache:
     The buffers are a ring: once they are full, new tokens take the place of the oldest. Their order
     does not matter to attention, and the rotation that keys carry is relative.
 
-    With `moves` the tokens of all heads lie without gaps, as many as there are: a CPU's library of
-    matrix products, oneDNN, copies whatever has gaps, in every product. So they move when the text
-    has grown by a block, not in each step: a layer into a spare buffer, and what it leaves is the
-    spare one of the next. Without, a head's tokens stay where they are.
+    On a CPU the tokens of all heads lie without gaps, as many as there are: its library of matrix
+    products, oneDNN, copies whatever has gaps, in every product. So they move when the text has
+    grown by a block, not in each step: a layer into a spare buffer, and what it leaves is the spare
+    one of the next. Elsewhere a head's tokens stay where they are.
 
     Args:
         n_layers, batch_size, n_heads, capacity, head_dim: the buffers' sizes; capacity in tokens.
         device, dtype: of the buffers; the dtype is that of the network's keys.
-        moves: see above; None: on a CPU.
 
     Attributes:
         num_tokens: tokens committed so far, also those that have left the ring.
@@ -49,10 +48,9 @@ class KVCache:
         head_dim: int,
         device: torch.device,
         dtype: torch.dtype,
-        moves: bool | None = None,
     ):
         size = batch_size * n_heads * capacity * head_dim
-        moves = device.type == "cpu" if moves is None else moves
+        moves = device.type == "cpu"
         # Nothing reads what has not been written, so a short text touches little of it.
         self._buffer = torch.empty(n_layers + moves, 2, size, device=device, dtype=dtype)
         self._place, self._spare = list(range(n_layers)), n_layers  # where in it a layer is
@@ -74,25 +72,17 @@ class KVCache:
         Raises:
             ValueError: if the tokens do not fit into one piece of the ring.
         """
-        keys, values, new = self.reserve(layer, num_new=k.shape[2])
-        keys[:, :, new] = k
-        values[:, :, new] = v
-        return keys, values
-
-    def reserve(self, layer: int, *, num_new: int) -> tuple[Tensor, Tensor, slice]:
-        """What `append` returns, with the T = `num_new` tokens still to be written, and where.
-
-        Raises:
-            ValueError: as `append`.
-        """
+        num_new = k.shape[2]
         slot, end = self._first_slot(num_new), self.num_tokens + num_new
         seen = min(end, self.capacity)
         if seen > self._room[layer]:
             step = num_new if num_new >= _FEW_TOKENS else _ROOM
             self._make_room(layer, min(self.capacity, max(seen, slot + step)))
         keys, values = self._tokens(layer)
+        keys[:, :, slot : slot + num_new] = k
+        values[:, :, slot : slot + num_new] = v
         self._num_written = end
-        return keys[:, :, :seen], values[:, :, :seen], slice(slot, slot + num_new)
+        return keys[:, :, :seen], values[:, :, :seen]
 
     def commit(self, num_tokens: int) -> None:
         """Keep the first `num_tokens` of the last forward pass's tokens.
@@ -175,7 +165,7 @@ class StaticKVCache(KVCache):
     Args:
         layers: keys and values of each layer, (B, H, capacity, d), that another cache no longer
             needs; None: new ones.
-        sizes: those of `KVCache`, without `moves`.
+        sizes: those of `KVCache`.
     """
 
     def __init__(self, *, layers: list[tuple[Tensor, Tensor]] | None = None, **sizes: Any):
