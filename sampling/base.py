@@ -13,6 +13,8 @@ from torch import Tensor
 
 from models.denoiser import Denoiser
 
+from .decoding import Guesses
+
 # One generator for the batch, or one for each row: then a row does not depend on its neighbours.
 Generators = torch.Generator | Sequence[torch.Generator] | None
 # Rows and columns (n,) each. A boolean mask says the same, and a GPU would have to count it.
@@ -107,6 +109,7 @@ class Progress:
         given: which of them were in the canvas, (B, N).
         is_active: rows that have not stopped, (B,).
         limits: where each row ends at the latest, (B,).
+        guesses: how its nuclei are looked for, see `Decoding.may_guess`.
     """
 
     def __init__(
@@ -120,6 +123,7 @@ class Progress:
         self.x = canvas.clone()
         self.given = canvas != mask_index
         self.is_active = torch.ones(len(canvas), dtype=torch.bool, device=canvas.device)
+        self.guesses = Guesses()
         self._on_step = on_step
         zeros = torch.zeros(len(canvas), dtype=torch.int64, device=canvas.device)
         self._denoising_passes, self._storing_passes = zeros, zeros.clone()

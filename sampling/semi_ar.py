@@ -21,7 +21,6 @@ from models.masks import AttentionPattern
 
 from .base import Generators, Positions, Progress, SamplerOutput, uniform
 from .blockwise import CONTEXT_WINDOW, BlockwiseSampler
-from .decoding import Guesses
 from .reveal import confident, on_time_grid, one_by_one, passes_of
 
 
@@ -56,13 +55,10 @@ class SemiAutoregressiveSampler(BlockwiseSampler):
         """See `Sampler.sample`."""
         length = canvas.shape[1]
         progress, cache = self.begin(denoise, canvas, limits=limits, on_step=on_step)
-        start, guesses = 0, Guesses() if self.decoding.may_guess(canvas.device) else None
+        start = 0
         while start < length and progress.is_active.any():
             end = self.end_of_block(start, length=length)
-            self.fill(
-                denoise, progress, cache,
-                start=start, end=end, generator=generator, guesses=guesses,
-            )  # fmt: skip
+            self.fill(denoise, progress, cache, start=start, end=end, generator=generator)
             self.stop.apply(progress, end=end)
             start = end
         return progress.output(pad_index=self.pad_index)
@@ -92,7 +88,6 @@ class SemiAutoregressiveSampler(BlockwiseSampler):
         start: int,
         end: int,
         generator: Generators,
-        guesses: Guesses | None,
     ) -> None:
         """Reveal the masks of one block, in all active rows."""
         masked = progress.to_fill(start, end)
@@ -113,12 +108,12 @@ class SemiAutoregressiveSampler(BlockwiseSampler):
                 drawn = self.decoding.draw(predict(at), u=u_token[at], is_wrong=is_wrong)
                 progress.reveal(at, tokens=drawn[0], confidence=drawn[1], start=start)
 
-        if guesses is None or not guesses.next():
+        if not (self.decoding.may_guess(masked.device) and progress.guesses.next()):
             run(None)
             return
         take_back, is_wrong = progress.saved(), torch.zeros_like(progress.is_active[0])
         run(is_wrong)
-        if guesses.was_wrong(is_wrong):
+        if progress.guesses.was_wrong(is_wrong):
             take_back()
             run(None)
 
