@@ -170,8 +170,7 @@ class Denoiser:
         """
         is_index = isinstance(at, tuple)
         if is_index and not isinstance(self.backbone, (InferenceDIT, StaticInferenceDIT)):
-            asked = torch.zeros_like(x, dtype=torch.bool)
-            logits_at = asked.index_put_(at, torch.ones_like(at[0], dtype=torch.bool))
+            logits_at = at[0] * x.shape[1] + at[1]
         else:
             logits_at = at
         logits = self.logits(x, sigma, pattern=pattern, kv_cache=kv_cache, logits_at=logits_at)

@@ -20,15 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit
 
+from .compiling import MAX_GRAPHS, allow_graphs
 from .dit import split_heads
 from .inference import InferenceBlock, InferenceDIT
 from .kv_cache import KVCache, StaticKVCache, slots_and_mask
 from .masks import AttentionPattern
 
 logger = logging.getLogger(__name__)
-
-# Of a piece in one process: a batch size has three, or four where prompts differ.
-MAX_COMPILATIONS = 64
 
 
 def project(
@@ -110,7 +108,7 @@ class StaticInferenceDIT:
 
     Args:
         network: does all passes without a cache.
-        compiles: compile what lies between the attentions. Beyond `MAX_COMPILATIONS` new shapes are
+        compiles: compile what lies between the attentions. Beyond `MAX_GRAPHS` new shapes are
             not compiled any more, which the log says once.
     """
 
@@ -181,9 +179,9 @@ class StaticInferenceDIT:
         if shape in self._compiled_shapes:
             return self.forward(*inputs, form=form, pieces=compiled_pieces())
         if self._compiles:
-            try:  # torch allows a function eight compilations
-                with torch._dynamo.config.patch(recompile_limit=MAX_COMPILATIONS):
-                    logits = self.forward(*inputs, form=form, pieces=compiled_pieces())
+            allow_graphs()
+            try:
+                logits = self.forward(*inputs, form=form, pieces=compiled_pieces())
                 self._compiled_shapes.add(shape)
                 return logits
             except FailOnRecompileLimitHit:
@@ -191,7 +189,7 @@ class StaticInferenceDIT:
                 logger.warning(
                     "sampling.compile=true: %d shapes are compiled, and no further ones will be; "
                     "batches of one size, and prompts of one length, need few",
-                    MAX_COMPILATIONS,
+                    MAX_GRAPHS,
                 )
         return self.forward(*inputs, form=form)
 

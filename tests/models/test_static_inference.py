@@ -135,7 +135,8 @@ def test_batches_of_many_sizes(traced, caplog):
 
 def test_beyond_the_limit_passes_are_not_compiled(traced, caplog, monkeypatch):
     """What is compiled stays so; the log says it once."""
-    monkeypatch.setattr(static_inference, "MAX_COMPILATIONS", 2)
+    monkeypatch.setattr(static_inference, "allow_graphs", lambda: None)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
     network = InferenceDIT(small_dit(block_size=4))
     static = StaticInferenceDIT(network)
 
