@@ -263,12 +263,11 @@ def sampling_rate(work: Workload, gpu: Gpu, *, batch_size: int, recorded: bool) 
     others = rows * dim * layers * 40 + batch_size * vocab * 40
     products = max(flops / (gpu.flops * SHARES["products"]), matrices / gpu.bytes)
     busy = products + (cache + others) / gpu.bytes
-    eager = layers * EAGER_KERNELS + DRAW_KERNELS
-    if recorded:
-        kernels = layers * RECORDED_KERNELS
-        seconds = max(busy, 1e-6 * gpu.gap_us * kernels) + 1e-6 * gpu.launch_us * DRAW_KERNELS
+    if recorded:  # the draw is not
+        launching = layers * RECORDED_KERNELS * gpu.gap_us + DRAW_KERNELS * gpu.launch_us
     else:
-        seconds = max(busy, 1e-6 * gpu.launch_us * eager)
+        launching = (layers * EAGER_KERNELS + DRAW_KERNELS) * gpu.launch_us
+    seconds = max(busy, 1e-6 * launching)
     return batch_size / seconds * block / (block + 1)
 
 
