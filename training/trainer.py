@@ -1,7 +1,7 @@
 """The Lightning trainer of a run, with its callbacks and loggers."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import Logger
 
 from checkpointing.checkpoint_io import AtomicCheckpointIO
 from configuration.training_request import TrainerRequest, TrainingRequest
-from training.callbacks import EMACallback, LastCheckpoint
+from training.callbacks import EMACallback, LastCheckpoint, RegularCheckpoint
 from training.instantiation import instantiated
 from training.loggers import build_loggers
 from training.manifest import RunManifest
@@ -102,12 +102,22 @@ def training_trainer(request: TrainingRequest, *, signals: StopSignals) -> L.Tra
     )
 
 
+def _written_once(section: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A section of `callbacks` with our class in the place of Lightning's, whose settings it has.
+
+    The configuration keeps the name that the original has there.
+    """
+    if section.get("_target_") != "lightning.pytorch.callbacks.ModelCheckpoint":
+        return section
+    return {**section, "_target_": f"{RegularCheckpoint.__module__}.{RegularCheckpoint.__name__}"}
+
+
 def _training_callbacks(request: TrainingRequest, signals: StopSignals) -> list[L.Callback]:
     average = [EMACallback(request.ema)] if request.ema > 0 else []
     if request.trainer.is_bare:  # nothing but what belongs to a step
         return average
     callbacks = [
-        instantiated(callback, key=f"callbacks.{name}")
+        instantiated(_written_once(callback), key=f"callbacks.{name}")
         for name, callback in request.callbacks.items()
     ]
     unwanted: tuple[type[L.Callback], ...] = ()

@@ -211,3 +211,11 @@ def test_what_lightnings_class_kept_goes_on_being_kept(tmp_path):
     resumed = fit_regular(tmp_path, steps=6, resume=tmp_path / "last.ckpt")
     assert sorted(steps_in(tmp_path)) == ["4.ckpt", "6.ckpt", "last.ckpt"], "2.ckpt went as it had"
     assert resumed.best_model_path.endswith("6.ckpt")
+
+
+def test_a_run_of_the_default_configuration_has_it(compose, run_main):
+    """The configuration names Lightning's class, as the original's does."""
+    changes = ["algo=mdlm", "trainer.max_steps=2", "trainer.val_check_interval=4"]
+    folder = run_main("first", *changes) / "checkpoints"
+    (regular,) = folder.glob("*-2.ckpt")
+    assert (folder / "last.ckpt").samefile(regular)

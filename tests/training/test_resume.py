@@ -53,7 +53,15 @@ def run(run_main):
 def collect(tmp_path, monkeypatch):
     """Keeps a copy of every state of last.ckpt: `collect()` returns them."""
     copies: list[Path] = []
-    save = AtomicCheckpointIO.save_checkpoint
+    save, link = AtomicCheckpointIO.save_checkpoint, AtomicCheckpointIO.link
+
+    def link_and_copy(self, path, name):
+        is_linked = link(self, path, name)
+        if is_linked:
+            step = torch.load(name, weights_only=True)["global_step"]
+            copies.append(tmp_path / f"copy{len(copies)}-step{step}.ckpt")
+            shutil.copy(name, copies[-1])
+        return is_linked
 
     def save_and_copy(self, checkpoint, path, storage_options=None):
         save(self, checkpoint, path, storage_options)
@@ -62,9 +70,11 @@ def collect(tmp_path, monkeypatch):
             shutil.copy(path, copies[-1])
 
     monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", save_and_copy)
+    monkeypatch.setattr(AtomicCheckpointIO, "link", link_and_copy)
 
     def collected() -> list[Path]:
         monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", save)
+        monkeypatch.setattr(AtomicCheckpointIO, "link", link)
         return copies
 
     return collected
