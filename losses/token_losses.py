@@ -19,7 +19,7 @@ from noise_schedule import Noise, NoiseValues
 RANGES_AT_ONCE = 4
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)  # dynamo of torch 2.11 hashes it unfinished
 class TokenLosses:
     """The terms of the NELBO (paper eq. 8), of ar of the exact NLL, for one draw of noise.
 

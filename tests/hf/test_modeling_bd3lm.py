@@ -280,6 +280,23 @@ def test_forward_compiles(cross_attn):
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.slow
+def test_the_loss_compiles():
+    """torch 2.11 hashed the losses' dataclass before it had any attributes, and failed."""
+    model = tiny(model_length=16).eval()
+    torch.nn.init.normal_(model.backbone.output_layer.linear.weight, std=0.1)
+    ids = torch.randint(0, 19, (2, 16), generator=generator(0))
+    torch.compiler.reset()
+    found = {}
+    for call in (model, torch.compile(model, backend="eager")):
+        model.zero_grad()
+        loss = call(ids, labels=ids, seed=0).loss
+        loss.backward()
+        found[call] = [loss.detach(), *(p.grad.clone() for p in model.parameters())]
+    for plain, compiled in zip(*found.values(), strict=True):
+        torch.testing.assert_close(compiled, plain)
+
+
 # --- sampling -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("algo", ALGOS)
