@@ -78,7 +78,6 @@ SHARES = {"products": 0.67, "attention": 0.22}
 ELEMENTWISE = {
     "norm and modulation, twice": ((2, 2, 0), (6, 2, 0)),
     "heads and rotation": ((0, 6, 0), (0, 6, 0)),
-    "heads side by side": ((0, 2, 0), (0, 2, 0)),
     "dropout, gate and sum, twice": ((4, 2, 2), (2, 2, 2)),
     "GELU, four times as wide, once more behind": ((0, 8, 0), (0, 16, 0)),
     "gradients of biases": ((0, 0, 0), (0, 5, 0)),
