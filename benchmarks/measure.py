@@ -17,7 +17,7 @@ from benchmarks.flops import matmul_peak
 from benchmarks.machine import peak_memory_mb, start_memory_measurement
 from benchmarks.profiled import profile_steps
 from benchmarks.steps import Job, make_config, make_model, make_step, model_flops
-from utils import keep_freed_memory
+from utils import keep_freed_memory, made_current
 
 PROJECT = Path(__file__).resolve().parents[1]
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
@@ -56,7 +56,7 @@ class JobFailed(RuntimeError):
 
 def measure(job: Job) -> Result:
     """Time a job in this process."""
-    device = torch.device(job.device)
+    device = made_current(torch.device(job.device))
     if job.side == "ours":
         keep_freed_memory()  # as main.py does
     memory_before = start_memory_measurement(device)
