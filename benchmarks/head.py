@@ -11,7 +11,6 @@ what needs a GPU is left out.
 """
 
 import argparse
-import importlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -72,8 +71,9 @@ def large(form: Form) -> Loss:
 
 def liger() -> Loss:
     """Liger-kernel's."""
-    module = importlib.import_module("liger_kernel.transformers")
-    function = module.LigerFusedLinearCrossEntropyLoss()
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    function = LigerFusedLinearCrossEntropyLoss()
     return lambda x, weight, bias, targets: function(
         weight.to(x.dtype), x, targets, bias.to(x.dtype)
     )
@@ -81,8 +81,9 @@ def liger() -> Loss:
 
 def cut_cross_entropy() -> Loss:
     """Apple's."""
-    function = importlib.import_module("cut_cross_entropy").linear_cross_entropy
-    return lambda x, weight, bias, targets: function(
+    from cut_cross_entropy import linear_cross_entropy
+
+    return lambda x, weight, bias, targets: linear_cross_entropy(
         x, weight.to(x.dtype), targets, bias=bias.to(x.dtype), reduction="mean"
     )
 

@@ -29,8 +29,8 @@ INSTANTIATED = {
     "config.lr_scheduler",  # of benchmarks
     "section",  # of `training.instantiation.instantiated`, which is given one of these:
     "arguments",  # the section `trainer`
-    "request.strategy",
-    "callback",  # an entry of the section `callbacks`
+    "strategy",  # the section, in the words of this torch
+    "_written_once(callback)",  # an entry of the section `callbacks`
 }
 TARGETS = ("lightning.", "torch.", "training.", "transformers.")
 

@@ -136,7 +136,6 @@ def test_batches_of_many_sizes(traced, caplog):
 def test_beyond_the_limit_passes_are_not_compiled(traced, caplog, monkeypatch):
     """What is compiled stays so; the log says it once."""
     monkeypatch.setattr(static_inference, "allow_graphs", lambda: None)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
     network = InferenceDIT(small_dit(block_size=4))
     static = StaticInferenceDIT(network)
 
@@ -150,8 +149,9 @@ def test_beyond_the_limit_passes_are_not_compiled(traced, caplog, monkeypatch):
         )
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
-    for batch_size in (1, 2, 3, 4, 1):
-        passes(batch_size)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for batch_size in (1, 2, 3, 4, 1):
+            passes(batch_size)
     assert [text.split(":")[0] for text in warnings_of(caplog)] == ["sampling.compile=true"]
     with torch.compiler.set_stance("fail_on_recompile"):
         passes(1)
