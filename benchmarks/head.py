@@ -80,12 +80,16 @@ def liger() -> Loss:
 
 
 def cut_cross_entropy() -> Loss:
-    """Apple's."""
+    """Apple's. It has no bias in every version, so here that is a column of the weights."""
     from cut_cross_entropy import linear_cross_entropy
 
-    return lambda x, weight, bias, targets: linear_cross_entropy(
-        x, weight.to(x.dtype), targets, bias=bias.to(x.dtype), reduction="mean"
-    )
+    def loss(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
+        x = F.pad(x, (0, 1), value=1.0)
+        weight = torch.cat((weight, bias[:, None]), dim=1).to(x.dtype)
+        x, weight = (F.pad(part, (0, -part.shape[1] % 16)) for part in (x, weight))
+        return linear_cross_entropy(x, weight, targets, reduction="mean")
+
+    return loss
 
 
 # What makes each form, and whether it needs a GPU.

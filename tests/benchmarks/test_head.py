@@ -1,8 +1,12 @@
 """benchmarks.head: every form computes the same, what is missing is named, JSON is written."""
 
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
+import torch.nn.functional as F
 
 from benchmarks import head
 
@@ -45,3 +49,26 @@ def test_defaults_fit_the_device(device, sizes):
     arguments = head.options(["--device", device])
     found = arguments.rows, arguments.vocab_size, arguments.hidden_size, arguments.dtype
     assert found == sizes
+
+
+def test_optional_packages_are_given_the_same_loss(monkeypatch):
+    """Stand-ins with the arguments that liger-kernel 0.8.5 and cut-cross-entropy 25.1.1 take."""
+
+    class LigerFusedLinearCrossEntropyLoss:
+        def __call__(self, lin_weight, _input, target, bias=None):
+            return F.cross_entropy(F.linear(_input, lin_weight, bias), target)
+
+    def linear_cross_entropy(e, c, targets, ignore_index=-100, softcap=None, reduction="mean"):
+        assert e.shape[1] % 16 == 0
+        return F.cross_entropy(e @ c.t(), targets, reduction=reduction)
+
+    liger = SimpleNamespace(LigerFusedLinearCrossEntropyLoss=LigerFusedLinearCrossEntropyLoss)
+    monkeypatch.setitem(sys.modules, "liger_kernel", SimpleNamespace(transformers=liger))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", liger)
+    cce = SimpleNamespace(linear_cross_entropy=linear_cross_entropy)
+    monkeypatch.setitem(sys.modules, "cut_cross_entropy", cce)
+    x, weight, bias = torch.randn(5, 12), torch.randn(7, 12), torch.randn(7)
+    targets = torch.randint(7, (5,))
+    expected = head.all_at_once(x, weight, bias, targets)
+    for make in (head.liger, head.cut_cross_entropy):
+        torch.testing.assert_close(make()(x, weight, bias, targets), expected)
