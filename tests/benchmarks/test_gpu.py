@@ -84,7 +84,8 @@ class TestRun:
 
     def test_the_limit_ends_what_a_command_has_started(self, place):
         """Its own processes too, and what was printed until then is kept."""
-        code = "import os, time; os.fork(); print(os.getpid(), flush=True); time.sleep(60)"
+        # In one write: unbuffered, a line and its end are two, and those of both processes mix.
+        code = "import os, time; os.fork(); os.write(1, b'%d\\n' % os.getpid()); time.sleep(60)"
         began = time.perf_counter()
         outcome = gpu.run(python(code), place, part="p", limit=3)
         assert outcome.state == "out of time" and time.perf_counter() - began < 30
