@@ -169,9 +169,10 @@ class Diffusion(L.LightningModule):
         if self.checkpoints_layers:
             checkpoint_layers(self.backbone)
         device = self.trainer.strategy.root_device
-        if is_compiled(self.compile_setting, device=device):
+        compiles = is_compiled(self.compile_setting, device=device)
+        if compiles:
             compile_layers(self.backbone)
-        if is_compiled(self.compile_setting, device=device) or device.type == "cuda":
+        if compiles or device.type == "cuda":  # where FlexAttention is compiled in any case
             warn_without_c_compiler(device)
             rows = self.run_config["loader"]["eval_batch_size"]
             self.losses = dataclasses.replace(self.losses, min_rows=rows)

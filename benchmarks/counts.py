@@ -26,7 +26,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.comparison import ALGOS
+from benchmarks.comparison import ALGOS, read_options
 from benchmarks.machine import description, write_json
 from benchmarks.operations import Operations
 from benchmarks.roofline import computed_pairs
@@ -202,15 +202,10 @@ def options(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--algo", choices=ALGOS, default="bd3lm")
     parser.add_argument("--model", choices=MODELS, default="small")
     parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--block-size", type=int, default=16, help="of bd3lm")
+    parser.add_argument("--block-size", type=int, help="of bd3lm (default 16)")
     parser.add_argument("--overrides", nargs="*", default=[], metavar="key=value")
     parser.add_argument("--json", type=Path, help="write the figures here too")
-    arguments = parser.parse_args(words)
-    if arguments.algo != "bd3lm":
-        arguments.block_size = arguments.length
-    if arguments.length % arguments.block_size:
-        parser.error(f"--length {arguments.length} is no multiple of --block-size")
-    return arguments
+    return read_options(parser, words)
 
 
 def main(words: Sequence[str] | None = None) -> None:

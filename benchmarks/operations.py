@@ -5,8 +5,10 @@ from collections import Counter
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Reading a number, and finding out how many elements a mask selects: a GPU's CPU waits for both.
-WAITS = ("_local_scalar_dense", "nonzero", "masked_select")
+# Reading a number, finding out how many elements a mask selects, and whether all are equal.
+WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal")
+# These look for the elements of a mask where an index is one.
+_INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index")
 # Give memory, or another view of it, and compute nothing.
 _FREE = ("empty", "detach", "alias", "_unsafe_view", "lift_fresh", "new_empty", "_reshape_alias")
 
@@ -16,7 +18,7 @@ class Operations(TorchDispatchMode):
 
     Attributes:
         computed: those that compute, each a kernel of a GPU or a few.
-        waits: those for whose result a CPU would wait: `WAITS`, and an index by a boolean mask.
+        waits: those for whose result a CPU would wait; an index by a mask is a `nonzero`.
     """
 
     def __init__(self):
@@ -26,16 +28,14 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
-        if name in WAITS:
-            self.waits[name] += 1
-        elif name.startswith("index") and _is_boolean(args):
-            self.waits["nonzero"] += 1
+        if waits(name, args):
+            self.waits["nonzero" if name in _INDEXING else name] += 1
         if not function.is_view and not name.startswith(_FREE) and name != WAITS[0]:
             self.computed[name] += 1
         return function(*args, **(kwargs or {}))
 
 
-def _is_boolean(args: tuple) -> bool:
-    """Whether `index` or `index_put` is given a mask."""
-    indices = args[1] if len(args) > 1 and isinstance(args[1], list | tuple) else ()
-    return any(isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in indices)
+def waits(name: str, args: tuple) -> bool:
+    """Whether a GPU's CPU waits for the result of the operation of this name."""
+    indices = [i for i in args[1] if i is not None] if name in _INDEXING else []
+    return name in WAITS or any(i.dtype in (torch.bool, torch.uint8) for i in indices)

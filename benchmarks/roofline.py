@@ -24,7 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.comparison import ALGOS
+from benchmarks.comparison import ALGOS, read_options
 from benchmarks.flops import forward_flops, scored_tokens, visible_pairs
 from benchmarks.machine import description, write_json
 from benchmarks.sampling import MODELS, VOCAB_SIZE
@@ -326,7 +326,7 @@ def options(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE, help="with the mask")
     parser.add_argument("--algo", choices=ALGOS, default="bd3lm")
     parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--block-size", type=int, default=16, help="of bd3lm")
+    parser.add_argument("--block-size", type=int, help="of bd3lm (default 16)")
     parser.add_argument("--batch-size", type=int, default=32, help="rows on a GPU at a time")
     parser.add_argument("--tile", type=int, default=128, help="of FlexAttention's block mask")
     parser.add_argument("--head", choices=HEAD_BYTES, default="fused")
@@ -335,12 +335,7 @@ def options(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=float, default=1e6, help="of the run that is priced")
     parser.add_argument("--global-batch-size", type=int, default=512, help="of it")
     parser.add_argument("--json", type=Path, help="write the figures here too")
-    arguments = parser.parse_args(words)
-    if arguments.algo != "bd3lm":
-        arguments.block_size = arguments.length
-    if arguments.length % arguments.block_size:
-        parser.error(f"--length {arguments.length} is no multiple of --block-size")
-    return arguments
+    return read_options(parser, words)
 
 
 def asked_gpu(arguments: argparse.Namespace) -> Gpu:

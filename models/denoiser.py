@@ -169,10 +169,7 @@ class Denoiser:
                 order that a boolean has.
         """
         is_index = isinstance(at, tuple)
-        if is_index and not isinstance(self.backbone, (InferenceDIT, StaticInferenceDIT)):
-            logits_at = at[0] * x.shape[1] + at[1]
-        else:
-            logits_at = at
+        logits_at = at[0] * x.shape[1] + at[1] if is_index else at
         logits = self.logits(x, sigma, pattern=pattern, kv_cache=kv_cache, logits_at=logits_at)
         is_score = self.parameterization == "sedd"
         if self.parameterization == "ar" or (at is not None and not is_score):

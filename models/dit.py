@@ -275,6 +275,14 @@ class DITBlock(nn.Module):
         return x + h if gate is None else torch.addcmul(x, h, gate)
 
 
+def flat_positions(at: Tensor) -> Tensor:
+    """Positions (n,) among B N tokens, row after row, of these or of a boolean (B, N).
+
+    Where they are given nobody waits for the device to count them.
+    """
+    return at.flatten().nonzero()[:, 0] if at.dtype == torch.bool else at
+
+
 class OutputLayer(nn.Module):
     """Final norm, modulation and the zero-initialised projection to the vocabulary."""
 
@@ -328,10 +336,9 @@ class OutputLayer(nn.Module):
         if logits_at is None:
             modulation = self.modulation(condition)
         else:
-            if logits_at.dtype == torch.bool:
-                logits_at = logits_at.flatten().nonzero()[:, 0]  # waits for the device, once
-            modulation = self.modulation_at(logits_at, condition, shape=x.shape)
-            x = x.flatten(0, 1).index_select(0, logits_at)
+            at = flat_positions(logits_at)
+            modulation = self.modulation_at(at, condition, shape=x.shape)
+            x = x.flatten(0, 1).index_select(0, at)
         x = self.norm_final(x, modulation)
         if target is None:
             return self.linear(x)

@@ -23,6 +23,7 @@ from .dit import (
     OutputLayer,
     SigmaEmbedder,
     attend_heads,
+    flat_positions,
     matmul_dtype,
     split_heads,
     weights_dtype,
@@ -234,7 +235,8 @@ class InferenceDIT:
                 q, k, v, config=self.config, pattern=pattern, layer=layer, kv_cache=kv_cache
             )
             if layer == last and logits_at is not None:
-                x, heads = x[logits_at], heads[logits_at]  # (n_selected, D)
+                at = flat_positions(logits_at)
+                x, heads = x.flatten(0, 1)[at], heads.flatten(0, 1)[at]  # (n_selected, D)
             x = block.add(x, heads)
         return self.head(self.norm_final(x, dtype=self.dtype))
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from .compiling import MAX_GRAPHS, allow_graphs
-from .dit import split_heads
+from .dit import flat_positions, split_heads
 from .inference import InferenceBlock, InferenceDIT
 from .kv_cache import KVCache, StaticKVCache, slots_and_mask
 from .masks import AttentionPattern
@@ -129,13 +129,16 @@ class StaticInferenceDIT:
         *,
         pattern: AttentionPattern,
         kv_cache: StaticKVCache | None = None,
-        logits_at: Tensor | tuple[Tensor, Tensor] | None = None,
+        logits_at: Tensor | None = None,
     ) -> Tensor:
         """See `InferenceDIT.__call__`. The logits are overwritten by the next pass."""
         if kv_cache is None:
             return self.inner(indices, sigma, pattern=pattern, logits_at=logits_at)
         self._adopt(kv_cache)
-        at = flat_positions(logits_at, like=indices)
+        if logits_at is None:
+            at = torch.arange(indices.numel(), device=indices.device)
+        else:
+            at = flat_positions(logits_at)
         # Rows that have stopped ask for nothing: whole numbers of rows keep the shapes few.
         num_rows = len(indices)
         num_logits = max(1, -(-len(at) // num_rows)) * num_rows
@@ -262,13 +265,3 @@ class StaticInferenceDIT:
         if layers is not None:
             self._last_cache = weakref.ref(cache)
         return cache
-
-
-def flat_positions(at: Tensor | tuple[Tensor, Tensor] | None, *, like: Tensor) -> Tensor:
-    """Positions (n,) among the B T tokens `like` (B, T); `at` is an index of those, None: all."""
-    if at is None:
-        return torch.arange(like.numel(), device=like.device)
-    if isinstance(at, tuple):
-        rows, columns = at
-        return rows * like.shape[1] + columns
-    return at.flatten().nonzero()[:, 0]

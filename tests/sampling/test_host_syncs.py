@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.operations import waits
 from models.denoiser import Denoiser
 from sampling import decoding
 from sampling.ar import AutoregressiveSampler
@@ -13,7 +14,6 @@ from sampling.decoding import Decoding
 from sampling.stopping import StopRule
 from tests.helpers.random_networks import BOS, MASK, canvas, generators, network, semi
 
-WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal")
 RULE = StopRule(eos_index=MASK + 1, min_entropy=0.1)
 
 
@@ -27,10 +27,7 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
-        is_boolean = name in ("index", "index_put_", "index_put") and any(
-            i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]
-        )
-        if name in WAITS or is_boolean:
+        if waits(name, args):
             self.seen[name] += 1
         elif name == "embedding":
             self.passes += 1
@@ -42,13 +39,13 @@ def waits_of(monkeypatch):
     """What a sampler waits for; a list made of a tensor is one wait, whatever its length."""
 
     def count(sampler, denoise: Denoiser, *, length: int = 64) -> Waits:
-        waits, tolist = Waits(), torch.Tensor.tolist
-        with monkeypatch.context() as patch, waits:
+        counted, tolist = Waits(), torch.Tensor.tolist
+        with monkeypatch.context() as patch, counted:
             patch.setattr(
-                torch.Tensor, "tolist", lambda x: (waits.seen.update(["tolist"]), tolist(x))[1]
+                torch.Tensor, "tolist", lambda x: (counted.seen.update(["tolist"]), tolist(x))[1]
             )
             sampler.sample(denoise, canvas(3, length), generator=generators(range(3)))
-        return waits
+        return counted
 
     return count
 
@@ -62,9 +59,9 @@ def test_a_block_waits_twice(waits_of, kind, compiled):
     """A pass waited four times: for the number of passes, twice for that of its positions, and
     for where they are. Now a block does for that, and to know whether a row is left."""
     sampler = semi(16, use_cache=True, stop=RULE, **kind)
-    waits = waits_of(sampler, network(block_size=16).for_sampling(compiled=compiled))
-    assert waits.passes >= 4 * 4
-    assert waits.seen == {"tolist": 4, "_local_scalar_dense": 4}
+    found = waits_of(sampler, network(block_size=16).for_sampling(compiled=compiled))
+    assert found.passes >= 4 * 4
+    assert found.seen == {"tolist": 4, "_local_scalar_dense": 4}
 
 
 def test_a_nucleus_waits_once_more(waits_of, monkeypatch):
@@ -81,6 +78,6 @@ def test_sixteen_tokens_wait_twice(waits_of, compiled):
     """The same for ar, which looks at its stop rule every 16 tokens."""
     sampler = AutoregressiveSampler(mask_index=MASK, pad_index=BOS, use_cache=True, stop=RULE)
     denoise = network(block_size=64, parameterization="ar").for_sampling(compiled=compiled)
-    waits = waits_of(sampler, denoise)
-    assert waits.passes == 63
-    assert waits.seen == {"tolist": 4, "_local_scalar_dense": 4}
+    found = waits_of(sampler, denoise)
+    assert found.passes == 63
+    assert found.seen == {"tolist": 4, "_local_scalar_dense": 4}

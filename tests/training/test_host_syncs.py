@@ -5,9 +5,9 @@ from pathlib import Path
 
 import lightning as L
 import pytest
-import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.operations import waits
 from losses import token_losses
 from tests.helpers import small_module
 from tests.helpers.small_run import ALGOS
@@ -16,10 +16,8 @@ from training.nan_guard import NanGuard
 from training.progress import PlainProgress, ProgressBar
 from training.throughput import Throughput
 
-# Reading a number (`item`, `float`, `bool`), and finding out how many elements a mask selects.
-READS, SELECTIONS = "_local_scalar_dense", ("nonzero", "masked_select")
-# These look for the elements of a mask where an index is boolean.
-INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index")
+# Reading a number (`item`, `float`, `bool`).
+READS = "_local_scalar_dense"
 # A number or a list becomes a tensor: a copy to a GPU, from memory that the CPU must wait for.
 UPLOADS = "lift_fresh"
 
@@ -35,8 +33,7 @@ class Operations(TorchDispatchMode):
         name = function.overloadpacket.__name__
         if name in (READS, UPLOADS):
             self.seen[name] += 1
-        indices = [i for i in args[1] if i is not None] if name in INDEXING else []
-        if name in SELECTIONS or any(index.dtype == torch.bool for index in indices):
+        elif waits(name, args):
             self.seen["nonzero"] += 1
         return function(*args, **(kwargs or {}))
 
