@@ -15,7 +15,9 @@ from configuration.training_request import plain
 from corpora.tokenization import mask_index_and_vocab_size
 from corpora.tokenizer_record import tokenizer_record
 from evaluation.metrics import NLL as NLLMetric
-from evaluation.metrics import likelihood_metrics
+from evaluation.metrics import error_metrics, likelihood_metrics
+from likelihood.estimators import Estimator
+from likelihood.scoring import score
 from losses.clipped_schedule import (
     MAX_BATCHES,
     ClippedScheduleSearch,
@@ -57,6 +59,8 @@ class Diffusion(L.LightningModule):
     Attributes:
         denoiser: the network with its parameterization; samplers take it.
         losses: per token, of fresh noise.
+        estimator: of the likelihood, in an evaluation outside of trainings.
+        on_pass: called with the number of forward passes after some of an evaluation's.
         interval: the range t is drawn from in training. Where `algo.var_min` the two buffers
             `sampling_eps_min` and `sampling_eps_max` carry it through checkpoints.
     """
@@ -118,6 +122,9 @@ class Diffusion(L.LightningModule):
         self.validation_interval = NLL if reports_nll else FULL
         self.train_nll = NLLMetric()
         self.val_metrics = likelihood_metrics("val/")
+        self.val_errors = error_metrics("val/")
+        self.estimator = Estimator()
+        self.on_pass: Callable[[int], None] | None = None
         self.high_loss = HighLoss(vocab_size=vocab_size, decode=tokenizer.decode)
 
     # --- the clipped range ---------------------------------------------------------------------
@@ -172,8 +179,10 @@ class Diffusion(L.LightningModule):
         compiles = is_compiled(self.compile_setting, device=device)
         if compiles:
             compile_layers(self.backbone)
-        if compiles or device.type == "cuda":  # where FlexAttention is compiled in any case
+        is_flex = device.type == "cuda"  # where it is compiled in any case
+        if compiles or is_flex:
             warn_without_c_compiler(device)
+        if compiles or is_flex or self.device_mesh is not None:
             rows = self.run_config["loader"]["eval_batch_size"]
             self.losses = dataclasses.replace(self.losses, min_rows=rows)
         if self.device_mesh is not None:
@@ -270,18 +279,57 @@ class Diffusion(L.LightningModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         x_0 = batch["input_ids"]
-        losses = self._validation_losses(x_0, batch_idx=batch_idx)
         mask = self.loss_mask(batch["attention_mask"], is_training=False)
-        reported, low = losses[self.validation_interval], self.validation_interval.low
+        low, losses = self.validation_interval.low, {}
+        if self._draws_once:
+            losses, variance = self._validation_losses(x_0, batch_idx=batch_idx), None
+            reported = losses[self.validation_interval]
+        else:
+            reported, variance = self._estimated_losses(x_0, mask)
         self.val_metrics.update(reported, mask)
+        if self.trainer.state.fn == "validate":
+            self.val_errors.update(reported, mask, variance=variance)
+            self.log_dict(self.val_errors, on_step=False, on_epoch=True, batch_size=len(x_0))
         self.high_loss.see(
             reported, mask=mask, x_0=x_0, low=low, batch_idx=batch_idx, is_training=False
         )
         self.log_dict(self.val_metrics, on_step=False, on_epoch=True, batch_size=len(x_0))
-        if self._searches(batch_idx):
+        if losses and self._searches(batch_idx):
             for interval, losses_of in losses.items():
                 per_block = losses_of.unflatten(1, (-1, self.block_size)).mean(dim=-1)
                 self.clip_search.update(interval, per_block, batch_idx=batch_idx)
+
+    @property
+    def has_exact_nll(self) -> bool:
+        """Whether the losses of one pass are the exact nll, so that nothing need be estimated."""
+        is_reported = self.validation_interval == NLL and self.estimator.likelihood == "nelbo"
+        return self.is_ar or is_reported
+
+    @property
+    def _draws_once(self) -> bool:
+        """Whether the losses of one pass are what is reported: always, within a training."""
+        is_default = self.estimator.likelihood == "nelbo" and self.estimator.num_draws == 1
+        return self.trainer.state.fn != "validate" or self.has_exact_nll or is_default
+
+    def _estimated_losses(self, x_0: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+        """-log p of tokens (B, N) by `self.estimator`, and the variance of each row's sum (B,).
+
+        What is known of a block is shared out evenly among its tokens that count. Padding is for
+        samplers what lies behind a text's end.
+        """
+        counted = mask.bool()
+        is_bound = self.estimator.likelihood in ("nelbo", "nelbo_exact")
+        known = x_0
+        if not is_bound:
+            behind = ~counted
+            behind[:, 0] &= not self.ignore_bos
+            known = x_0.masked_fill(behind, self.mask_index)
+        found = score(
+            self.losses, known, self.estimator,
+            counted=counted if is_bound else None, on_pass=self.on_pass,
+        )  # fmt: skip
+        per_block = -found.log_p / counted.unflatten(1, (-1, self.block_size)).sum(-1).clamp(min=1)
+        return per_block.repeat_interleave(self.block_size, dim=1), found.variance
 
     def _searches(self, batch_idx: int) -> bool:
         return self.clip_search is not None and batch_idx < MAX_BATCHES
@@ -299,16 +347,20 @@ class Diffusion(L.LightningModule):
         # any more would leave the others waiting. So it computes as often as the one with the most
         # and counts nothing of it: here, after callbacks have met and before metrics do.
         if batch_idx + 1 == self._extra_passes.start:
+            x_0, mask = batch["input_ids"], batch["attention_mask"]
             with self.trainer.precision_plugin.val_step_context():
                 for extra in self._extra_passes:
-                    self._validation_losses(batch["input_ids"], batch_idx=extra)
+                    if self._draws_once:
+                        self._validation_losses(x_0, batch_idx=extra)
+                    else:
+                        self._estimated_losses(x_0, mask)
 
     def on_validation_epoch_end(self) -> None:
-        if self.clip_search is None:
+        if self.clip_search is None or not self._draws_once:
             return
         scores = self.clip_search.compute()
-        for interval, score in zip(self.clip_search.intervals, scores, strict=True):
-            self.log(logged_name(interval), score)
+        for interval, variance in zip(self.clip_search.intervals, scores, strict=True):
+            self.log(logged_name(interval), variance)
         is_training = self.trainer.state.fn == "fit" and not self.trainer.sanity_checking
         if is_training and not self.fix_clipping:
             self.set_interval(self.clip_search.best())

@@ -8,6 +8,7 @@ import torch
 from omegaconf import DictConfig, ListConfig
 
 from checkpointing.description import PARAMETERIZATIONS
+from configuration.likelihood_request import estimator_of
 from configuration.resolvers import div_up, world_size
 from configuration.single_keys import SAMPLERS, Problems, Rule, is_number, lies_in, value_of
 from losses.forward_process import ClipInterval
@@ -22,6 +23,18 @@ def _evaluation_needs_batches(config: DictConfig) -> Problems:
     """0 switches validation off, which is all that an evaluation does."""
     if "ppl_eval" in _modes(config) and config["trainer"]["limit_val_batches"] == 0:
         yield "trainer.limit_val_batches", "allowed with mode=ppl_eval are positive numbers"
+
+
+def _likelihood(config: DictConfig) -> Problems:
+    """An algorithm has some of the likelihoods."""
+    if "ppl_eval" in _modes(config):
+        algo = config["algo"]
+        for name, allowed in estimator_of(config).problems(
+            parameterization=algo["parameterization"],
+            block_size=config["block_size"],
+            time_conditioning=algo["time_conditioning"],
+        ):
+            yield f"eval.{name}", allowed
 
 
 def _modes_without_checkpoint(config: DictConfig) -> Problems:
@@ -270,6 +283,7 @@ def _global_batch(config: DictConfig) -> Problems:
 
 RULES: tuple[Rule, ...] = (
     _evaluation_needs_batches,
+    _likelihood,
     _modes_without_checkpoint,
     _bare_trainer,
     _overfitting,

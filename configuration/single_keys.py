@@ -12,6 +12,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from checkpointing.description import PARAMETERIZATIONS
 from configuration.resolvers import devices_per_node
 from configuration.training_request import lightning_precision
+from likelihood.estimators import NAMES
 
 Problems = Iterator[tuple[str, str]]
 Rule = Callable[[DictConfig], Problems]
@@ -36,6 +37,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "noise.type": ("loglinear", "square", "square_root", "log", "cosine"),
     "model.attn_backend": ("flash_attn", "auto", "flex", "sdpa"),
     "training.activation_checkpointing": ("none", "blocks"),
+    "eval.likelihood": NAMES,
     "logger.name": ("wandb", "tensorboard", "csv"),
     "trainer.accelerator": ("auto", "cpu", "cuda", "gpu"),
 }
@@ -65,6 +67,9 @@ _NUMBERS: dict[str, tuple[type, str]] = {
     "training.sampling_eps_min": (float, "(0, 1]"),
     "training.sampling_eps_max": (float, "(0, 1]"),
     "eval.perplexity_batch_size": (int, "[1, inf)"),
+    "eval.num_draws": (int, "[1, inf)"),
+    "eval.num_orders": (int, "[1, inf)"),
+    "eval.tokens_per_pass": (int, "[1, inf)"),
     "optim.lr": (float, "(0, inf)"),
     "optim.weight_decay": (float, "[0, inf)"),
     "optim.beta1": (float, "[0, 1)"),

@@ -57,9 +57,13 @@ def draw_training_curve(metrics_csv: Path, png: Path, *, title: str) -> None:
 
 
 def print_table(title: str, values: Mapping[str, object]) -> None:
-    """Print names and values as a two-column table."""
+    """Print names and values as a two-column table; a pair is the two ends of an interval."""
     table = Table(title=title, title_justify="left", show_header=False)
-    forms = {float: ",.4f", int: ",d"}
     for name, value in values.items():
-        table.add_row(name, format(value, forms.get(type(value), "")))
+        ends = value if isinstance(value, tuple) else (value,)
+        table.add_row(name, " to ".join(map(_shown, ends)))
     Console().print(table)
+
+
+def _shown(value: object) -> str:
+    return format(value, {float: ",.4f", int: ",d"}.get(type(value), ""))

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
+from likelihood.scoring import token_log_likelihood
+from losses.token_losses import TokenLosses
 from models.denoiser import Denoiser
 from models.dit import DIT, DITConfig
 from models.masks import AttentionPattern
@@ -117,6 +119,16 @@ class BD3LM(LayerAccess, SamplerGenerationMixin, PreTrainedModel):
             parameterization=config.parameterization,
             mask_index=config.mask_index,
             time_conditioning=config.time_conditioning,
+        )
+
+    @property
+    def losses(self) -> TokenLosses:
+        """Its losses per token, of fresh noise; estimators of likelihoods take it."""
+        return TokenLosses(
+            denoiser=self.denoiser,
+            noise=self.noise,
+            pattern=self._pattern(),
+            block_size=self.config.block_size,
         )
 
     def _precision(self) -> AbstractContextManager:
@@ -259,6 +271,15 @@ class BD3LM(LayerAccess, SamplerGenerationMixin, PreTrainedModel):
                 pattern=self._pattern(),
                 seed=seed,
             )
+
+    def token_log_likelihood(self, tokens: Tensor, **how: Any) -> Tensor:
+        """log p of texts in nats per block, see `likelihood.scoring.token_log_likelihood`.
+
+            log_p = model.token_log_likelihood(tokens, estimator="left_to_right").sum(dim=1)
+        """
+        self._check_known("parameterization", "mask_index")
+        with self._precision():
+            return token_log_likelihood(self, tokens, **how)
 
     # --- files -----------------------------------------------------------------------------------
 

@@ -49,7 +49,8 @@ def most_masks(
       of m at the right ends of a fine grid is never below it.
     - What the drawn times add. With antithetic times there is one in each of n equal strata, and
       m(t) is at most m at the right end of its stratum: all together m(high) - m(low) at most,
-      one block, whatever n is. Independent times have a variance instead, n Var m(t).
+      one block, whatever n is; two blocks where the strata are moved on, and one of them lies at
+      both ends. Independent times have a variance instead, n Var m(t).
     - What the masks of blocks at given times add: variance at most n max v, v(t) = L p (1 - p).
 
     Deviations are bounded by Bernstein's inequality: a sum of independent terms, none of which
@@ -77,7 +78,7 @@ def most_masks(
         noise, interval, counts=counts, block_size=block_size, mdlm_loss_scale=mdlm_loss_scale
     )
     of_times = 0.0 if antithetic else mean.var(correction=0).item()
-    of_strata = (mean[-1] - mean[0]).item() if antithetic else 0.0
+    of_strata = 2 * (mean[-1] - mean[0]).item() if antithetic else 0.0
     total_variance = num_blocks * (variance.max().item() + of_times)
     largest = len(counts) - 1 if is_resampled or not antithetic else 1
     c = largest * _LOG_RISK / 3

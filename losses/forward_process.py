@@ -84,6 +84,27 @@ def sample_t(
     return interval.low + (interval.high - interval.low) * t
 
 
+def spread_over_draws(t: Tensor, *, num_draws: int, interval: ClipInterval) -> Tensor:
+    """Several times for each block, spread evenly over the interval.
+
+    From draw to draw a time moves on by 1 / D of the interval, and comes in again at its low end.
+    So the D times of a block lie in D equal strata, and times that lie in equal strata over the
+    blocks still do in every draw.
+
+    Args:
+        t: (B, K), as `sample_t` draws it.
+        num_draws: D.
+        interval: that t was drawn from.
+
+    Returns:
+        (D, B, K); the first are t.
+    """
+    width = interval.high - interval.low
+    steps = torch.arange(num_draws, device=t.device, dtype=t.dtype)[:, None, None] / num_draws
+    moved = t + width * steps
+    return torch.where(moved > interval.high, moved - width, moved)
+
+
 def noise_values(
     noise: Noise, t: Tensor, *, interval: ClipInterval, mdlm_loss_scale: bool
 ) -> NoiseValues:

@@ -1,13 +1,23 @@
 """Fresh noise for clean rows, and the loss of each token under it."""
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from losses.capacity import most_masks, shapes_are_fixed
-from losses.forward_process import FULL, ClipInterval, noise_values, q_xt, q_xt_within, sample_t
+from losses.forward_process import (
+    FULL,
+    ClipInterval,
+    noise_values,
+    q_xt,
+    q_xt_within,
+    sample_t,
+    spread_over_draws,
+)
 from losses.objectives import ar_token_losses, diffusion_token_losses
 from models.denoiser import Denoiser
 from models.kv_cache import CleanHalf
@@ -17,6 +27,20 @@ from noise_schedule import Noise, NoiseValues
 # Ranges of t that share a forward pass: enough rows to keep a GPU busy, and without gradients still
 # less memory than a training step.
 RANGES_AT_ONCE = 4
+
+
+class Noisy(NamedTuple):
+    """A noisy form of clean rows.
+
+    Attributes:
+        x_t: (B, N).
+        values: per token, (B, N) or, where t is one for a row, (B, 1).
+        interval: the range of t.
+    """
+
+    x_t: Tensor
+    values: NoiseValues
+    interval: ClipInterval
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)  # dynamo of torch 2.11 hashes it unfinished
@@ -64,9 +88,9 @@ class TokenLosses:
             (B, N), for ar (B, N - 1): the first token has no prediction.
         """
         if self.denoiser.parameterization == "ar":
-            return ar_token_losses(self.denoiser, self._padded(x_0))[: len(x_0)]
+            return ar_token_losses(self.denoiser, self.padded(x_0))[: len(x_0)]
         noisy = self._add_noise(x_0, interval=interval, generator=generator)
-        return self._losses(x_0, {interval: noisy})[interval]
+        return self._losses(x_0, [noisy])[0]
 
     def on_all(
         self, x_0: Tensor, intervals: Sequence[ClipInterval]
@@ -75,41 +99,78 @@ class TokenLosses:
 
         With block diffusion x_0, which no noise touches, is seen once for all of them.
         """
-        sees_x_0 = self._pattern_of(x_0) is AttentionPattern.BLOCK_DIFFUSION
-        if not sees_x_0 or len(intervals) == 1:
-            return {interval: self(x_0, interval=interval) for interval in intervals}
-        clean, losses = self.denoiser.clean_half(self._padded(x_0)), {}
-        for i in range(0, len(intervals), RANGES_AT_ONCE):
-            together = intervals[i : i + RANGES_AT_ONCE]
-            noisy = {interval: self._add_noise(x_0, interval=interval) for interval in together}
-            losses |= self._losses(x_0, noisy, clean=clean)
-        return losses
+        noisy = (self._add_noise(x_0, interval=interval) for interval in intervals)
+        return dict(zip(intervals, self._of_each(x_0, noisy, num=len(intervals)), strict=True))
+
+    def draws(
+        self,
+        x_0: Tensor,
+        *,
+        num_draws: int,
+        given: Tensor | None = None,
+        interval: ClipInterval = FULL,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Tensor]:
+        """Losses per token (B, N) of each of D draws of noise, without gradients.
+
+        The times of a block are spread over its draws too, see `spread_over_draws`.
+
+        Args:
+            x_0: clean tokens (B, N); where they are masks, these stay masks.
+            num_draws: D.
+            given: tokens that stay clean, (B, N) bool; None: position 0, with `ignore_bos`.
+            interval, generator: as in a call.
+        """
+        shared = {"interval": interval, "generator": generator}
+        times = [None] * num_draws
+        if self.antithetic and num_draws > 1:
+            t = self._sample_t(x_0, **shared)
+            times = spread_over_draws(t, num_draws=num_draws, interval=interval)
+        noisy = (self._add_noise(x_0, t=t, given=given, **shared) for t in times)
+        yield from self._of_each(x_0, noisy, num=num_draws, counts_masks=given is not None)
+
+    def _of_each(
+        self, x_0: Tensor, noisy: Iterable[Noisy], *, num: int, counts_masks: bool = False
+    ) -> Iterator[Tensor]:
+        """Losses (B, N) under each of `num` noisy forms of the same rows, some in one pass."""
+        sees_x_0 = self.pattern_of(x_0) is AttentionPattern.BLOCK_DIFFUSION
+        if not sees_x_0 or num == 1:
+            for one in noisy:
+                yield from self._losses(x_0, [one], counts_masks=counts_masks)
+            return
+        clean, noisy = self.denoiser.clean_half(self.padded(x_0)), iter(noisy)
+        while together := list(itertools.islice(noisy, RANGES_AT_ONCE)):
+            yield from self._losses(x_0, together, clean=clean, counts_masks=counts_masks)
 
     def _losses(
         self,
         x_0: Tensor,
-        noisy: Mapping[ClipInterval, tuple[Tensor, NoiseValues]],
+        noisy: Sequence[Noisy],
         *,
         clean: CleanHalf | None = None,
-    ) -> dict[ClipInterval, Tensor]:
-        """Losses (B, N) under x_t and values of each interval, all of them in one pass."""
-        rows = self._padded(x_0)
+        counts_masks: bool = False,
+    ) -> Sequence[Tensor]:
+        """Losses (B, N) under each x_t with its values, all of them in one pass.
+
+        Args:
+            counts_masks: wait for the device to count them: there are others than noise made.
+        """
+        rows = self.padded(x_0)
         added = rows[len(x_0) :]  # in which nothing is masked
         capacity = None
-        if shapes_are_fixed(x_0.device):
-            capacity = sum(self._capacity(tuple(rows.shape), interval) for interval in noisy)
+        if shapes_are_fixed(x_0.device) and not counts_masks:
+            capacity = sum(self._capacity(tuple(rows.shape), one.interval) for one in noisy)
         found = diffusion_token_losses(
             self.denoiser,
             rows.repeat(len(noisy), 1),
-            x_t=torch.cat([part for x_t, _ in noisy.values() for part in (x_t, added)]),
-            values=NoiseValues.cat([self._padded_values(values) for _, values in noisy.values()]),
+            x_t=torch.cat([part for one in noisy for part in (one.x_t, added)]),
+            values=NoiseValues.cat([self._padded_values(one.values) for one in noisy]),
             sigma_max=self.noise.sigma_max,
-            pattern=self._pattern_of(x_0),
+            pattern=self.pattern_of(x_0),
             clean=clean,
             capacity=capacity,
         )
-        parts = (losses[: len(x_0)] for losses in found.chunk(len(noisy)))
-        return dict(zip(noisy, parts, strict=True))
+        return [losses[: len(x_0)] for losses in found.chunk(len(noisy))]
 
     def _capacity(self, rows: tuple[int, int], interval: ClipInterval) -> int:
         """Room for the masks of (B, N) tokens."""
@@ -123,38 +184,56 @@ class TokenLosses:
             mdlm_loss_scale=self.mdlm_loss_scale,
         )
 
-    def _padded(self, x: Tensor) -> Tensor:
+    def padded(self, x: Tensor) -> Tensor:
         """Rows (B, ...), and copies of the last one where there are fewer than `min_rows`."""
         missing = 0 if torch.is_grad_enabled() else self.min_rows - len(x)
         return torch.cat((x, x[-1:].expand(missing, -1))) if missing > 0 else x
 
     def _padded_values(self, values: NoiseValues) -> NoiseValues:
-        return NoiseValues(*(self._padded(value) for value in vars(values).values()))
+        return NoiseValues(*(self.padded(value) for value in vars(values).values()))
 
-    def _pattern_of(self, x_0: Tensor) -> AttentionPattern:
-        """A row that is one block (L = N) sees nothing of x_0, which is left out of the pass."""
+    def pattern_of(self, x_0: Tensor) -> AttentionPattern:
+        """Who sees whom in rows (B, N).
+
+        One that is a single block (L = N) sees nothing of x_0, which is left out of the pass.
+        """
         is_one_block = x_0.shape[1] == self.block_size
         return AttentionPattern.FULL if is_one_block else self.pattern
 
-    def _add_noise(
-        self, x_0: Tensor, *, interval: ClipInterval, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, NoiseValues]:
-        """x_t (B, N) of fresh t, and the values per token, (B, N) or, where t is one, (B, 1)."""
-        shape = (x_0.shape[0], x_0.shape[1] // self.block_size)
-        t = sample_t(
-            shape,
+    def _sample_t(
+        self, x_0: Tensor, *, interval: ClipInterval, generator: torch.Generator | None
+    ) -> Tensor:
+        """A time for each block, (B, K)."""
+        return sample_t(
+            (x_0.shape[0], x_0.shape[1] // self.block_size),
             interval=interval,
             antithetic=self.antithetic,
             device=x_0.device,
             generator=generator,
-        )  # (B, K)
+        )
+
+    def _add_noise(
+        self,
+        x_0: Tensor,
+        *,
+        interval: ClipInterval,
+        t: Tensor | None = None,
+        given: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Noisy:
+        """x_t of these times (B, K) or of fresh ones; `given` as in `draws`."""
+        if t is None:
+            t = self._sample_t(x_0, interval=interval, generator=generator)
         values = noise_values(
             self.noise, t, interval=interval, mdlm_loss_scale=self.mdlm_loss_scale
         )  # each (B, K)
         x_t = self._sample_x_t(
             x_0, move_chance=values.move_chance, interval=interval, generator=generator
         )
-        return x_t, values.repeat_interleave(self.block_size if shape[1] > 1 else 1)
+        if given is not None:
+            x_t = torch.where(given, x_0, x_t)
+        repeats = self.block_size if t.shape[1] > 1 else 1
+        return Noisy(x_t, values.repeat_interleave(repeats), interval)
 
     def _sample_x_t(
         self,

@@ -8,6 +8,7 @@ Three parameterizations (paper sections 2 and 3, and the SEDD paper, arXiv 2310.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -111,6 +112,32 @@ class Denoiser:
             kv_cache=kv_cache,
             logits_at=logits_at,
             target=Target(tokens, self.mask_index),
+        )
+
+    def read(
+        self,
+        x: Tensor,
+        *,
+        tokens: Tensor,
+        read: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+        pattern: AttentionPattern,
+        kv_cache: CleanHalf | None = None,
+        logits_at: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """What `read` says of log p (m, V) and `tokens` (m,), for some positions after the other.
+
+        For subs and ar, without sigma; arguments as in `DIT.forward`.
+        """
+
+        def of_log_probs(logits: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+            return read(token_log_probs(logits, mask_index=self.mask_index), tokens)
+
+        return self.backbone(
+            x,
+            pattern=pattern,
+            kv_cache=kv_cache,
+            logits_at=logits_at,
+            target=Target(tokens, self.mask_index, of_log_probs),
         )
 
     def clean_half(self, x_0: Tensor) -> CleanHalf:

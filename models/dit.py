@@ -23,6 +23,10 @@ from .masks import AttentionPattern
 from .plain import is_plain
 from .rotary import Rotary, rotate
 
+# Positions whose logits are held together where somebody reads them, see `Target`: 50,257 numbers
+# each.
+_READ_AT_ONCE = 256
+
 
 @dataclass(frozen=True, kw_only=True)
 class DITConfig:
@@ -107,15 +111,18 @@ def weights_dtype(module: nn.Module) -> torch.dtype:
 
 
 class Target(NamedTuple):
-    """The tokens that a loss asks for, where it needs no other logits.
+    """The tokens that are asked for, where nobody needs to hold all logits.
 
     Attributes:
         tokens: ids (n_selected,), or (B, T) without a selection.
         excluded: id of a token that has no probability: the mask.
+        read: what to know of logits (m, V) and the tokens (m,), each (m,), for some positions after
+            the other. None: the scores of the tokens, which is all that a loss needs.
     """
 
     tokens: Tensor
     excluded: int
+    read: Callable[[Tensor, Tensor], tuple[Tensor, ...]] | None = None
 
 
 class EmbeddingLayer(nn.Module):
@@ -328,10 +335,10 @@ class OutputLayer(nn.Module):
         condition: Tensor | None,
         logits_at: Tensor | None = None,
         target: Target | None = None,
-    ) -> Tensor | TargetScores:
+    ) -> Tensor | TargetScores | tuple[Tensor, ...]:
         """(B, T, D) -> (B, T, V), or (n_selected, V) with `logits_at`, see `DIT.forward`.
 
-        With a target, the scores of its tokens at these positions instead.
+        With a target, the scores of its tokens at these positions instead, or what it reads.
         """
         if logits_at is None:
             modulation = self.modulation(condition)
@@ -343,6 +350,10 @@ class OutputLayer(nn.Module):
         if target is None:
             return self.linear(x)
         x, asked = x.flatten(0, -2), (target.tokens.flatten(), target.excluded)
+        if target.read is not None:
+            parts = zip(x.split(_READ_AT_ONCE), asked[0].split(_READ_AT_ONCE), strict=True)
+            found = [target.read(self.linear(some), tokens) for some, tokens in parts]
+            return tuple(torch.cat(column) for column in zip(*found, strict=True))
         if not is_plain(self.linear, nn.Linear) or self.linear.bias is None:
             return called_target_scores(x, self.linear, targets=asked[0], excluded=asked[1])
         x = x.to(matmul_dtype(self.linear.weight))
@@ -375,7 +386,7 @@ class DIT(nn.Module):
         positions: Tensor | None = None,
         logits_at: Tensor | None = None,
         target: Target | None = None,
-    ) -> Tensor | TargetScores:
+    ) -> Tensor | TargetScores | tuple[Tensor, ...]:
         """Predict the clean token at each position.
 
         Args:
@@ -390,11 +401,12 @@ class DIT(nn.Module):
                 and both halves of `BLOCK_DIFFUSION` count from 0.
             logits_at: compute logits only there: boolean (B, N), or positions (n_selected,) int64
                 in the flattened (B, N), which nobody has to count.
-            target: return the scores of these tokens instead, without holding all logits.
+            target: return the scores of these tokens instead, or what it reads of the logits,
+                without holding all of them.
 
         Returns:
             Logits (B, T, V), for `BLOCK_DIFFUSION` (B, N, V); with `logits_at` (n_selected, V).
-            With `target` its scores, as many.
+            With `target` its scores or what it reads, as many.
         """
         is_pair = pattern is AttentionPattern.BLOCK_DIFFUSION and kv_cache is None
         num_outputs = indices.shape[1] // 2 if is_pair else indices.shape[1]

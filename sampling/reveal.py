@@ -81,3 +81,23 @@ def confident(masked: Tensor, *, confidence: Tensor, threshold: float) -> Tensor
     confidence = confidence.masked_fill(~masked, -1.0)
     best = torch.zeros_like(masked).scatter(1, confidence.argmax(dim=1, keepdim=True), True)
     return masked & (best | (confidence >= threshold))
+
+
+def confidence(log_p: Tensor) -> Tensor:
+    """The probability of the most probable token, (n,), for log p (n, V)."""
+    return log_p.amax(dim=-1).exp()
+
+
+def margin(log_p: Tensor) -> Tensor:
+    """By how much the most probable token leads the next (arXiv 2502.06768), (n,), of (n, V)."""
+    first, second = log_p.topk(2, dim=-1).values.exp().unbind(dim=-1)
+    return first - second
+
+
+def certainty(log_p: Tensor) -> Tensor:
+    """Minus the entropy in nats, (n,), for log p (n, V)."""
+    return (log_p.exp() * log_p).sum(dim=-1)
+
+
+# What a deterministic order reveals first: where this is largest.
+PRIORITIES = {"confidence": confidence, "margin": margin, "entropy": certainty}

@@ -14,6 +14,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("diffusion", "hf"),
     ("dataloader", "training"),
     ("configuration", "evaluation"),
+    ("likelihood",),
     ("sampling", "losses", "checkpointing"),
     ("models", "corpora"),
     ("noise_schedule", "utils"),
@@ -26,8 +27,8 @@ ABSENT = {
     "omegaconf": set(FLOOR_OF) - {*FLOORS[0], "modes", "diffusion", "configuration"},
     "hydra": set(FLOOR_OF) - {*FLOORS[0], "diffusion", "training"},
     "lightning": {
-        "configuration", "evaluation", "sampling", "losses", "models", "corpora", "hf",
-        "noise_schedule", "utils",
+        "configuration", "evaluation", "likelihood", "sampling", "losses", "models", "corpora",
+        "hf", "noise_schedule", "utils",
     },
 }  # fmt: skip
 

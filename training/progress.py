@@ -167,6 +167,46 @@ class PlainProgress(LightningProgressBar):
             )
 
 
+class PassProgress(L.Callback):
+    """Says how many forward passes an evaluation takes, and at times how many are done.
+
+    Args:
+        per_batch: passes over a batch.
+        silence: seconds between lines.
+    """
+
+    def __init__(self, per_batch: int, *, silence: float = 30):
+        self._per_batch, self._silence = per_batch, silence
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        num_batches = sum(trainer.num_val_batches)
+        self._total, self._done = num_batches * self._per_batch, 0
+        self._began = self._last_line = time.perf_counter()
+        logger.info(
+            "%s forward passes for each of %s batches, %s in all",
+            f"{self._per_batch:,}", _count(num_batches), _count(self._total),
+        )  # fmt: skip
+        pl_module.on_pass = self.count
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        pl_module.on_pass = None
+
+    def count(self, num_passes: int) -> None:
+        """Counts passes that are done."""
+        self._done += num_passes
+        now = time.perf_counter()
+        if now - self._last_line >= self._silence:
+            self._last_line = now
+            left = (now - self._began) * (self._total / self._done - 1)
+            ends = f", {duration(left)} left" if left < math.inf else ""
+            logger.info("%s of %s passes%s", f"{self._done:,}", _count(self._total), ends)
+
+
+def _count(number: float) -> str:
+    """Of a stream nobody knows how long it is."""
+    return f"{number:,}" if number < math.inf else "an unknown number"
+
+
 def _is_long_ago(moment: float) -> bool:
     return time.perf_counter() - moment >= LONGEST_SILENCE
 

@@ -171,7 +171,7 @@ def test_one_block_leaves_the_clean_half_out(parameterization, time_conditioning
         denoiser=denoiser, noise=get_noise("loglinear"), pattern=P.BLOCK_DIFFUSION, block_size=12
     )
     x_0 = random_tokens(3, 12)
-    x_t, values = token_losses._add_noise(x_0, interval=FULL, generator=generator(2))
+    x_t, values, _ = token_losses._add_noise(x_0, interval=FULL, generator=generator(2))
     expected = losses_of(denoiser, x_0, x_t, values, P.BLOCK_DIFFUSION)
     expected_gradients = gradients(denoiser, expected)
 

@@ -1,0 +1,1 @@
+"""Likelihoods of texts: bounds without Monte Carlo, and exact ones of samplers."""
