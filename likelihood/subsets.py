@@ -37,6 +37,10 @@ def exact_nelbo(passes: Passes, free: Tensor, *, counted: Tensor) -> Tensor:
     tokens the weight 1 / (n C(m, n)), whatever the schedule: t = 1 - alpha is the variable of
     integration in all of them.
 
+    Drawn bounds lack what drawn times and floors leave out. Times below 0.001 are masked fractions
+    below 0.001, 0.1 % of the range (0.14 % for `log`), but below 0.032 for `square_root`, 3 %; and
+    `cosine` divides by p + 0.001, which takes 0.7 % away.
+
     Args:
         passes: over the rows.
         free: see above.
