@@ -38,10 +38,10 @@ def ppl_eval(config: DictConfig) -> str:
     model = load_model(config, tokenizer, weights)
     del weights
     model.estimator = estimator
-    if message := estimator.stand_in(config.block_size):
-        logger.warning("%s", message)
     settings, num_passes = {"estimator": "nll"}, 1
     if not model.has_exact_nll:
+        if message := estimator.stand_in(config.block_size):
+            logger.warning("%s", message)
         settings = estimator.settings(config.block_size)
         num_passes = estimator.num_passes(config.block_size)
     if num_passes > 1:

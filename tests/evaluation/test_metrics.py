@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from evaluation.metrics import likelihood_metrics, token_entropy
+from evaluation.metrics import error_metrics, likelihood_metrics, token_entropy
 
 
 def test_means_run_over_tokens_not_over_batches():
@@ -56,3 +56,37 @@ def test_reset_forgets():
 )
 def test_entropy_of_a_histogram(tokens, expected):
     assert token_entropy(torch.tensor(tokens)) == pytest.approx(expected)
+
+
+def test_errors_are_those_of_a_mean_per_token():
+    """By the definition, of rows of several lengths in batches of several sizes."""
+    generator = torch.Generator().manual_seed(0)
+    losses = torch.rand(7, 5, generator=generator, dtype=torch.float64)
+    mask = (torch.arange(5) < torch.tensor([5, 3, 4, 5, 1, 2, 5])[:, None]).long()
+    variance = torch.rand(7, generator=generator, dtype=torch.float64)
+    metrics = error_metrics("val/")
+    for rows in (slice(0, 3), slice(3, 4), slice(4, 7)):
+        metrics.update(losses[rows], mask[rows], variance=variance[rows])
+    found = metrics.compute()
+    nats, tokens = (losses * mask).sum(dim=1), mask.sum(dim=1)
+    residuals = nats - nats.sum() / tokens.sum() * tokens
+    expected = (residuals.square().sum() * 7 / 6).sqrt() / tokens.sum()
+    assert found["val/nll_se"].item() == pytest.approx(expected.item())
+    assert found["val/nll_mc_se"].item() == pytest.approx(
+        math.sqrt(variance.sum()) / tokens.sum().item()
+    )
+
+
+def test_rows_that_are_as_long_have_the_usual_standard_error():
+    losses = torch.tensor([[1.0, 3.0], [2.0, 2.0], [5.0, 8.0]])
+    metrics = error_metrics("val/")
+    metrics.update(losses, torch.ones(3, 2))
+    usual = losses.mean(dim=1).std() / math.sqrt(3)
+    assert metrics.compute()["val/nll_se"].item() == pytest.approx(usual.item())
+
+
+def test_errors_that_nobody_knows():
+    """Of a single row, and where nothing was drawn twice."""
+    metrics = error_metrics("val/")
+    metrics.update(torch.ones(1, 2), torch.ones(1, 2))
+    assert all(math.isnan(value) for value in metrics.compute().values())
