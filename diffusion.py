@@ -59,7 +59,8 @@ class Diffusion(L.LightningModule):
     Attributes:
         denoiser: the network with its parameterization; samplers take it.
         losses: per token, of fresh noise.
-        estimator: of the likelihood, in an evaluation outside of trainings.
+        estimator: of the likelihood, for an evaluation; None: as trainings validate, by one draw of
+            noise and without an error bar.
         on_pass: called with the number of forward passes after some of an evaluation's.
         interval: the range t is drawn from in training. Where `algo.var_min` the two buffers
             `sampling_eps_min` and `sampling_eps_max` carry it through checkpoints.
@@ -123,7 +124,7 @@ class Diffusion(L.LightningModule):
         self.train_nll = NLLMetric()
         self.val_metrics = likelihood_metrics("val/")
         self.val_errors = error_metrics("val/")
-        self.estimator = Estimator()
+        self.estimator: Estimator | None = None
         self.on_pass: Callable[[int], None] | None = None
         self.high_loss = HighLoss(vocab_size=vocab_size, decode=tokenizer.decode)
 
@@ -287,7 +288,7 @@ class Diffusion(L.LightningModule):
         else:
             reported, variance = self._estimated_losses(x_0, mask)
         self.val_metrics.update(reported, mask)
-        if self.trainer.state.fn == "validate":
+        if self.estimator is not None:
             self.val_errors.update(reported, mask, variance=variance)
             self.log_dict(self.val_errors, on_step=False, on_epoch=True, batch_size=len(x_0))
         self.high_loss.see(
@@ -302,14 +303,14 @@ class Diffusion(L.LightningModule):
     @property
     def has_exact_nll(self) -> bool:
         """Whether the losses of one pass are the exact nll, so that nothing need be estimated."""
-        is_reported = self.validation_interval == NLL and self.estimator.likelihood == "nelbo"
-        return self.is_ar or is_reported
+        is_asked = self.estimator is None or self.estimator.likelihood == "nelbo"
+        return self.is_ar or (is_asked and self.validation_interval == NLL)
 
     @property
     def _draws_once(self) -> bool:
-        """Whether the losses of one pass are what is reported: always, within a training."""
-        is_default = self.estimator.likelihood == "nelbo" and self.estimator.num_draws == 1
-        return self.trainer.state.fn != "validate" or self.has_exact_nll or is_default
+        """Whether the losses of one pass are what is reported."""
+        asked = self.estimator or Estimator()
+        return self.has_exact_nll or (asked.likelihood == "nelbo" and asked.num_draws == 1)
 
     def _estimated_losses(self, x_0: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
         """-log p of tokens (B, N) by `self.estimator`, and the variance of each row's sum (B,).

@@ -98,6 +98,7 @@ def jobs_of(arguments: argparse.Namespace, *, work: str) -> dict[str, Job]:
         "precision": arguments.precision,
         "attn_backend": arguments.attn_backend,
         "activation_checkpointing": getattr(arguments, "activation_checkpointing", ["none"]),
+        "likelihood": getattr(arguments, "likelihood", ["nelbo"]),
     }
     for values in itertools.product(*varied.values()):
         chosen = dict(zip(varied, values, strict=True))
@@ -143,7 +144,7 @@ def run_rounds(jobs: dict[str, Job], *, rounds: int) -> Iterator[dict[str, Resul
 def figures(jobs: dict[str, Job], results: dict[str, Result]) -> list[Figures]:
     """The rows of the table, of the jobs that have a result."""
     reference = next((results[n] for n, job in jobs.items()
-                      if job.side == "reference" and n in results), None)  # fmt: skip
+                      if is_reference(job, jobs) and n in results), None)  # fmt: skip
     rows = []
     for name, result in results.items():
         job, seconds = jobs[name], statistics.median(result.seconds)
@@ -168,6 +169,12 @@ def figures(jobs: dict[str, Job], results: dict[str, Result]) -> list[Figures]:
             )
         )
     return rows
+
+
+def is_reference(job: Job, jobs: dict[str, Job]) -> bool:
+    """Whether others are compared with it: among likelihoods the one draw that is the default."""
+    is_likelihood = any(other.likelihood != "nelbo" for other in jobs.values())
+    return job.side == "reference" or (is_likelihood and job.likelihood == "nelbo")
 
 
 def compare(

@@ -2,17 +2,20 @@
 
     python -m benchmarks.eval --length 1024 --block-size 16 --batch-size 2 --against reference
     python -m benchmarks.eval --search --against reference
+    python -m benchmarks.eval --block-size 4 --likelihood nelbo any_order left_to_right
 
 No gradients, no dropout. With `--search` the batch is one of those on which a validation also
 tries the ranges of `algo.clip_search_widths=[0.5,0.6,0.7,0.8,0.9]`, as it does on up to 100. The
 reference takes one forward pass for each range; some of them are timed, and the rest takes as long
-in proportion. Otherwise as `benchmarks.train_step`.
+in proportion. `--likelihood` times values of `eval.likelihood`; the one draw of `nelbo` is then the
+reference. Otherwise as `benchmarks.train_step`.
 """
 
 import argparse
 from collections.abc import Sequence
 
 from benchmarks.comparison import add_options, compare, read_options
+from likelihood.estimators import NAMES
 from losses.clipped_schedule import MAX_BATCHES
 
 
@@ -21,6 +24,7 @@ def options(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_options(parser)
     parser.add_argument("--search", action="store_true", help="search the clipped range, too")
+    parser.add_argument("--likelihood", choices=NAMES, nargs="+", default=["nelbo"])
     arguments = read_options(parser, words)
     if arguments.search and arguments.algo != "bd3lm":
         parser.error(f"--search: {arguments.algo} has no clipped range; allowed is bd3lm")

@@ -15,6 +15,7 @@ from benchmarks.reference import Reference, ReferenceAverage, reference_optimize
 from benchmarks.sampling import MODELS
 from configuration.resolvers import register_resolvers
 from diffusion import Diffusion
+from likelihood.estimators import Estimator
 from losses.forward_process import ClipInterval
 from losses.objectives import masked_mean
 from models.ema import ExponentialMovingAverage
@@ -44,6 +45,7 @@ class Job:
     attn_backend: str = "auto"
     compiled: str = "auto"  # training.compile
     activation_checkpointing: str = "none"
+    likelihood: str = "nelbo"  # eval.likelihood, of an evaluation
     warmup: int = 1
     steps: int = 2
     profiled: int = 0  # steps behind them that are profiled
@@ -100,6 +102,7 @@ def make_config(job: Job) -> DictConfig:
         f"model.attn_backend={job.attn_backend}",
         f"training.compile={job.compiled}",
         f"training.activation_checkpointing={job.activation_checkpointing}",
+        f"eval.likelihood={job.likelihood}",
         "wandb=null",
     ]
     if job.algo == "bd3lm":
@@ -209,10 +212,12 @@ def _evaluate_ours(job: Job, model: Diffusion) -> Step:
     """A validation batch as `mode=ppl_eval` and the validations of a training see it."""
     warnings.filterwarnings("ignore", message="You are trying to `self.log")  # there is no trainer
     model.eval()
+    model.estimator = Estimator(likelihood=job.likelihood)
     batch = make_batch(job)
 
     @torch.inference_mode()
     def run() -> Tensor:
+        model.val_errors.reset()
         model.val_metrics.reset()
         with autocast(job):
             model.validation_step(batch, 0)
@@ -250,5 +255,7 @@ def model_flops(job: Job, model: Diffusion) -> float:
         forward_flops(model.backbone.config, algo=job.algo, length=job.length, interval=interval)
         for interval in ranges
     ]
-    forward = passes[0].clean + sum(p.noisy for p in passes)
+    # An estimator's passes need the logits of about as many tokens as a draw of noise.
+    times = Estimator(likelihood=job.likelihood).num_passes(job.block_size)
+    forward = passes[0].clean + times * sum(p.noisy for p in passes)
     return job.batch_size * forward * (3 if job.work == "train" else 1)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import comparison, eval, measure, scaling, train_step
-from benchmarks.comparison import jobs_of
+from benchmarks.comparison import is_reference, jobs_of
 from benchmarks.measure import JobFailed, Result
 from benchmarks.steps import Job, evaluated_ranges, make_config, make_model, make_step
 from losses.forward_process import FULL
@@ -61,6 +61,15 @@ class TestOptions:
         jobs = jobs_of(train_step.options(words), work="train")
         assert list(jobs) == ["bf16, none", "bf16, blocks", "float32, none", "float32, blocks"]
         assert jobs["float32, blocks"].activation_checkpointing == "blocks"
+
+    def test_likelihoods_are_compared_with_one_draw(self):
+        words = ["--precision", "float32", "--likelihood", "any_order", "nelbo"]
+        jobs = jobs_of(eval.options(words), work="eval")
+        assert list(jobs) == ["float32, any_order", "float32, nelbo"]
+        found = [is_reference(job, jobs) for job in jobs.values()]
+        assert found == [False, True]
+        plain = jobs_of(eval.options(words[:2]), work="eval")
+        assert not is_reference(plain["float32"], plain)
 
     def test_the_reference_runs_in_bf16_on_gpus(self):
         """As the original does, which has no autocast on a CPU."""
