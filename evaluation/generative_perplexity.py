@@ -78,6 +78,7 @@ class GenerativePerplexity:
         device: torch.device | str,
         tokenizer_name_or_path: str | None = None,
         dtype: torch.dtype = torch.float32,
+        key: str = "eval.gen_ppl_eval_model_name_or_path",
     ) -> Self:
         """Loads model and tokenizer; code from the Hub is never run.
 
@@ -86,6 +87,7 @@ class GenerativePerplexity:
             device: where the model shall run.
             tokenizer_name_or_path: where the tokenizer lies, if not beside the model.
             dtype: of the weights; published numbers are float32.
+            key: the option that named it, for the message.
 
         Raises:
             ScorerUnavailableError: unreachable, broken, not causal, or without some weights.
@@ -104,9 +106,9 @@ class GenerativePerplexity:
             return cls(model.to(device), tokenizer)
         except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... here
             raise ScorerUnavailableError(
-                f"eval.gen_ppl_eval_model_name_or_path={name_or_path!r} cannot score samples. "
-                "Allowed: a causal language model on the Hugging Face Hub, a local directory with "
-                "its config.json, weights and tokenizer files (the way without a network), or "
+                f"{key}={name_or_path!r} cannot score samples. Allowed: a causal language model "
+                "on the Hugging Face Hub, a local directory with its config.json, weights and "
+                "tokenizer files (the way without a network), or "
                 f"null to skip generative perplexity. Cause: {error}"
             ) from error
 

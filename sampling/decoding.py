@@ -161,7 +161,10 @@ def _most_probable(probs: Tensor, *, num: int) -> tuple[Tensor, Tensor]:
 def categorical(probs: Tensor, *, u: Tensor) -> Tensor:
     """Inverse-CDF draws: for each row of unnormalised probabilities (..., V) and u (...), a token.
 
-    In float64: float32 sums would distort the tail of a large vocabulary. One uniform number per
+    One distribution (V,) serves any number of u (n,).
+
+    In float64: float32 sums would distort the tail of a large vocabulary, and float32 Gumbel noise
+    would hardly ever draw it, which is a lower temperature (2409.02908). One uniform number per
     token, instead of V, is what lets every row have its own generator cheaply.
     """
     cdf = probs.double().cumsum(dim=-1)

@@ -5,8 +5,6 @@ own. Cells are read as numbers and never evaluated: they hold text that a model 
 """
 
 import argparse
-import math
-import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +15,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from any directory
 from evaluation.sample_log import SampleRecord, find_sample_files, read_samples
+from evaluation.sample_statistics import column_statistics
 from utils import print_without_fail
 
 # Column of the files, what the table calls it, decimals.
@@ -27,21 +26,6 @@ MEASURED = (
     ("gen_nfes", "NFEs, every forward pass", 1),
     ("gen_nfes_paper", "NFEs, the paper's count", 1),
 )
-
-
-def column_statistics(values: Sequence[float]) -> dict[str, float | None]:
-    """Mean, median, standard error of the mean (from two finite values on), smallest, largest."""
-    if not values:
-        return dict.fromkeys(("mean", "median", "std. error", "min", "max"))
-    has_error = len(values) > 1 and all(map(math.isfinite, values))
-    error = statistics.stdev(values) / len(values) ** 0.5 if has_error else None
-    return {
-        "mean": statistics.fmean(values),
-        "median": statistics.median(values),
-        "std. error": error,
-        "min": min(values),
-        "max": max(values),
-    }
 
 
 def sample_table(records: Sequence[SampleRecord], *, title: str) -> Table:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from evaluation.sample_log import SampleRecord, append_samples
-from scripts.log_sample_stats import column_statistics, main
+from scripts.log_sample_stats import main
 from tests.helpers.places import PROJECT
 
 ROW = '20.5,1024,5.25,1023,"a text",1\n'
@@ -32,21 +32,6 @@ def rows_of(printed: str) -> dict[str, list[str]]:
     """The cells of each row of a printed table by its first one."""
     lines = [line.strip("│\n").split("│") for line in printed.splitlines() if line[0] == "│"]
     return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in lines}
-
-
-def test_statistics():
-    """Of 10, 20, 60: the deviations from 30 are -20, -10, 30; divided by n - 1 and by n."""
-    found = column_statistics([10.0, 20.0, 60.0])
-    expected = {"mean": 30, "median": 20, "std. error": (1400 / 2 / 3) ** 0.5, "min": 10, "max": 60}
-    assert found == pytest.approx(expected)
-    assert column_statistics([7.0])["std. error"] is None
-    assert set(column_statistics([]).values()) == {None}
-
-
-def test_an_infinite_value_has_no_error():
-    """A perplexity of 1e999 in a file ended in a traceback of `statistics`."""
-    found = column_statistics([1.0, 2.0, float("inf")])
-    assert found["std. error"] is None and found["max"] == float("inf")
 
 
 @pytest.mark.parametrize("name", ["", "samples.csv", "samples.jsonl"])
