@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf import BD3LM, BD3LMConfig
+from likelihood.scoring import token_log_likelihood
 from losses.forward_process import FULL
 from losses.objectives import masked_mean
 from models.dit import DIT
@@ -23,6 +24,33 @@ PUBLISHED = ("bd3lm-block_size4", "bd3lm-block_size32-pretrain", "mdlm")
 def build(compose, tmp_path):
     """Builds a Lightning module and its twin: `build("ar")`."""
     return lambda algo, *changes: twins(compose, tmp_path, algo, *changes)
+
+
+# --- likelihoods ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algo", [algo for algo in ALGOS if algo != "sedd"])
+def test_likelihoods_are_those_of_the_lightning_module(algo, build):
+    """nats per block, from the method and from the function that takes either."""
+    module, model = build(algo)
+    x = next(iter(batches(1, batch_size=2)))["input_ids"]
+    found = model.token_log_likelihood(x, estimator="left_to_right")
+    assert found.shape == (2, x.shape[1] // module.block_size) and (found < 0).all()
+    expected = token_log_likelihood(module.train(), x, estimator="left_to_right")
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert module.training, "dropout was off meanwhile"
+
+
+def test_likelihoods_of_half_precision_and_what_is_refused():
+    model = tiny().eval()
+    x = torch.randint(5, (2, 8), generator=generator(0))
+    full = model.token_log_likelihood(x, estimator="any_order")
+    half = model.bfloat16().token_log_likelihood(x, estimator="any_order")
+    torch.testing.assert_close(half, full, rtol=0.05, atol=0.05)
+    with pytest.raises(ValueError, match="eval.likelihood=best: allowed are nelbo"):
+        model.token_log_likelihood(x, estimator="best")
+    with pytest.raises(ValueError, match="given of shape"):
+        model.token_log_likelihood(x, given=torch.ones(2, 3, dtype=torch.bool))
 
 
 # --- published directories -----------------------------------------------------------------------
