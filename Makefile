@@ -1,5 +1,5 @@
 # Everything runs in .venv, which is made on first use and again when requirements.txt or
-# constraints.txt changes.
+# constraints.txt changes. The tests also need requirements-eval.txt.
 PYTHON ?= python3
 FOLDER ?= ../shared/golden
 # Which tests: folders, or other arguments of pytest.
@@ -14,12 +14,14 @@ VENV := .venv
 TORCH211 := .venv-torch211
 VENV_PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
+INSTALLED_TESTS := $(VENV)/.installed-tests
 # The versions of constraints.txt are those of Python 3.11; others take what fits requirements.txt.
 PINNED := import sys; sys.version_info[:2] == (3, 11) and print('--constraint constraints.txt')
+ALL_REQUIREMENTS := --requirement requirements.txt --requirement requirements-eval.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv constraints test test-slow test-torch211 test-gpu test-cluster lint parity \
-	quickstart
+.PHONY: help venv venv-tests constraints test test-slow test-torch211 test-gpu test-cluster lint \
+	parity quickstart
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 15
@@ -33,9 +35,15 @@ $(INSTALLED): requirements.txt constraints.txt
 	$(VENV_PYTHON) -m pip install --requirement requirements.txt $$($(PYTHON) -c "$(PINNED)")
 	@touch $@
 
-constraints:  ## write constraints.txt anew: what requirements.txt brings today (Python 3.11)
+venv-tests: $(INSTALLED_TESTS)  ## the same with lm-eval and MAUVE, which the tests need
+
+$(INSTALLED_TESTS): $(INSTALLED) requirements-eval.txt
+	$(VENV_PYTHON) -m pip install $(ALL_REQUIREMENTS) $$($(PYTHON) -c "$(PINNED)")
+	@touch $@
+
+constraints:  ## write constraints.txt anew: what the requirements bring today (Python 3.11)
 	$(PYTHON) -m venv --clear $(VENV)-constraints
-	$(VENV)-constraints/bin/python -m pip install --requirement requirements.txt
+	$(VENV)-constraints/bin/python -m pip install $(ALL_REQUIREMENTS)
 	{ sed -n '/^#/!q;p' constraints.txt; \
 		$(VENV)-constraints/bin/python -m pip freeze --all --exclude pip | sed -E 's/\+[a-z0-9.]+$$//'; } > constraints.new
 	mv constraints.new constraints.txt
@@ -43,10 +51,10 @@ constraints:  ## write constraints.txt anew: what requirements.txt brings today 
 
 test test-slow test-torch211: export OMP_NUM_THREADS := 1
 
-test: venv  ## the default tests
+test: venv-tests  ## the default tests
 	$(VENV_PYTHON) -m pytest $(PARALLEL) $(TESTS)
 
-test-slow: venv  ## the tests that take minutes each
+test-slow: venv-tests  ## the tests that take minutes each
 	$(VENV_PYTHON) -m pytest -m "slow and not gpu and not cluster" $(PARALLEL) $(TESTS)
 
 # By hand, not in CI: torch 2.11 and its libraries take 5 GB.
@@ -60,10 +68,10 @@ $(TORCH211)/.installed: requirements.txt
 	$(TORCH211)/bin/python -m pip install --requirement $(TORCH211)/requirements.txt
 	@touch $@
 
-test-gpu: venv  ## the tests that need a GPU
+test-gpu: venv-tests  ## the tests that need a GPU
 	$(VENV_PYTHON) -m pytest -m gpu
 
-test-cluster: venv  ## the tests that start a Slurm (root, and Debian's slurm-wlm and munge)
+test-cluster: venv-tests  ## the tests that start a Slurm (root, and Debian's slurm-wlm and munge)
 	$(VENV_PYTHON) -m pytest -m cluster
 
 lint: venv  ## ruff

@@ -1,4 +1,4 @@
-"""requirements.txt and constraints.txt: an environment that can be had again, to the version."""
+"""The requirements and constraints.txt: an environment that can be had again, to the version."""
 
 import re
 import sys
@@ -9,6 +9,8 @@ from packaging.requirements import Requirement
 
 from tests.helpers.places import PROJECT
 
+# What everything needs, and what scripts that compare with the field need beside it.
+REQUIREMENTS = ("requirements.txt", "requirements-eval.txt")
 # What torch's CUDA build brings, and pins itself.
 CUDA = re.compile(r"nvidia-|cuda-|triton")
 
@@ -46,19 +48,21 @@ def needed(names: list[str]) -> dict[str, str]:
     return found
 
 
-def test_constraints_hold_the_requirements():
-    """The two files never ask for different versions."""
+@pytest.mark.parametrize("file", REQUIREMENTS)
+def test_constraints_hold_the_requirements(file):
+    """The files never ask for different versions."""
     constraints = pins("constraints.txt")
-    for name, version in pins("requirements.txt").items():
+    for name, version in pins(file).items():
         assert constraints[name] == version, name
 
 
 @pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="the constraints are of Python 3.11")
-def test_every_package_of_the_environment_is_pinned():
+@pytest.mark.parametrize("file", REQUIREMENTS)
+def test_every_package_of_the_environment_is_pinned(file):
     """Also those that no file names: in three years they would be other ones."""
     constraints = pins("constraints.txt")
     try:
-        installed = needed(list(pins("requirements.txt")))
+        installed = needed(list(pins(file)))
     except PackageNotFoundError as error:
         pytest.skip(f"{error} is not installed here")
     for name, version in installed.items():
