@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from diffusion import TRAIN_STREAM, VALIDATION_STREAM, Diffusion
+from likelihood.estimators import Estimator
+from likelihood.scoring import token_log_likelihood
 from losses.clipped_schedule import MAX_BATCHES
 from losses.forward_process import FULL, NLL, ClipInterval
 from tests.helpers.small_module import batches, module
@@ -134,3 +136,46 @@ def test_no_search_after_enough_batches(build):
     (batch,) = batches(1)
     found = model._validation_losses(batch["input_ids"], batch_idx=MAX_BATCHES)
     assert list(found) == [model.validation_interval]
+
+
+# --- evaluations ---------------------------------------------------------------------------------
+
+
+def padded_batch() -> tuple[torch.Tensor, torch.Tensor]:
+    """Two rows, of 16 tokens and of 6, and their masks."""
+    x_0 = next(iter(batches(1, batch_size=2)))["input_ids"]
+    mask = torch.ones_like(x_0)
+    mask[1, 6:] = 0
+    return x_0, mask
+
+
+@pytest.mark.parametrize("estimator", ["any_order", "confidence"])
+def test_texts_of_different_lengths_count_by_token(estimator, build):
+    """Padding is behind the end of a text for a sampler, whatever its ids are."""
+    model = build(*BD3LM).eval()
+    model.estimator = Estimator(likelihood=estimator)
+    x_0, mask = padded_batch()
+    mask = model.loss_mask(mask, is_training=False)
+    losses, _ = model._estimated_losses(x_0, mask)
+    total = (losses * mask).sum(dim=1)
+    alone = [
+        -token_log_likelihood(model, text[None], estimator=estimator).sum()
+        for text in (x_0[0], x_0[1, :6])
+    ]
+    torch.testing.assert_close(total, torch.stack(alone), rtol=1e-5, atol=1e-5)
+
+
+def test_the_exact_bound_is_the_mean_of_the_drawn_one_with_padding_too(build):
+    """There padding takes part in the noise, as in training, and does not count."""
+    model = build(*BD3LM).eval()
+    x_0, mask = padded_batch()
+    mask = model.loss_mask(mask, is_training=False)
+    found = []
+    for estimator in (Estimator(likelihood="nelbo_exact"), Estimator(num_draws=300)):
+        torch.manual_seed(0)
+        model.estimator = estimator
+        losses, variance = model._estimated_losses(x_0, mask)
+        found.append((losses * mask).sum())
+    assert variance.shape == (2,)
+    assert abs(found[0] - found[1]) < 3 * variance.sum().sqrt()
+    assert variance.sum().sqrt() < 0.05 * found[0]
