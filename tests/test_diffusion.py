@@ -178,4 +178,4 @@ def test_the_exact_bound_is_the_mean_of_the_drawn_one_with_padding_too(build):
         found.append((losses * mask).sum())
     assert variance.shape == (2,)
     assert abs(found[0] - found[1]) < 3 * variance.sum().sqrt()
-    assert variance.sum().sqrt() < 0.05 * found[0]
+    assert variance.sum().sqrt() < 0.1 * found[0]
