@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch
 
+from training.manifest import device_name
 from utils import json_text
 
 
 def description(device: torch.device) -> dict[str, str | int]:
     """Machine, versions, date and command, as every figure carries them."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     return {
-        "device": name,
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -54,16 +54,6 @@ def _status_mb(field: str) -> float:
         if name == field:
             return int(value.split()[0]) * 1024 / 1e6
     raise OSError(f"/proc/self/status has no {field}: memory is measured on Linux alone")
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            lines = [line.partition(":") for line in file]
-    except OSError:
-        return platform.processor()
-    names = [value.strip() for key, _, value in lines if key.strip() == "model name"]
-    return f"{names[0]} ({len(names)} threads)" if names else platform.processor()
 
 
 def _module() -> str:

@@ -18,8 +18,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from benchmarks.steps import compose
 from configuration import validate
 from configuration.data_request import data_request
+from configuration.training_request import lightning_precision
 from dataloader import get_dataloaders, get_tokenizer
-from utils import keep_freed_memory, resolve_device
+from utils import in_batch_job, keep_freed_memory, resolve_device
 
 
 def main() -> None:
@@ -50,21 +51,25 @@ def main() -> None:
     ).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=arguments.steps)
+    is_bf16 = lightning_precision(config.trainer.precision).startswith("bf16")
     endless = itertools.chain.from_iterable(itertools.repeat(train))
 
     def loss(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         ids = batch["input_ids"].to(device)
-        with torch.autocast(device.type, dtype=torch.bfloat16):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_bf16):
             return model(input_ids=ids, labels=ids).loss
 
-    for batch in rich.progress.track(
-        itertools.islice(endless, arguments.steps), "Training", total=arguments.steps
-    ):
-        loss(batch).backward()
+    batches = itertools.islice(endless, arguments.steps)
+    batches = rich.progress.track(batches, "Training", total=arguments.steps)
+    for step, batch in enumerate(batches, start=1):
+        value = loss(batch)
+        value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+        if in_batch_job() and step % 50 == 0:
+            print(f"step {step} of {arguments.steps}: loss {value.item():.3f}", flush=True)
     model.eval()
     with torch.no_grad():
         losses = [loss(batch).item() for batch in itertools.islice(valid, 50)]

@@ -121,7 +121,13 @@ def device_name(device: torch.device) -> str:
     """What a device is sold as."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as file:
+            lines = [line.partition(":") for line in file]
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [value.strip() for key, _, value in lines if key.strip() == "model name"]
+    return f"{names[0]} ({len(names)} threads)" if names else platform.machine()
 
 
 def git_commit() -> str | None:

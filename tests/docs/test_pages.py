@@ -285,7 +285,7 @@ BROKEN = """# A page
 
 Intro with a [good link](faq.md), a [dead one](no_such_page.md), a [dead
 anchor](#nowhere), [one elsewhere](faq.md#no-such-question), [a line](../main.py#L3),
-[outside](../../secret.txt), [its own](#a-page) and ![](parallel_decoding.png).
+[outside](../../secret.txt), [its own](#a-page) and ![](frontier.png).
 
 ![no picture](faq.md)
 
@@ -303,7 +303,7 @@ def test_dead_links_are_found():
         "docs/broken.md: no heading of faq.md is #no-such-question",
         "docs/broken.md: no heading of main.py is #L3",
         "docs/broken.md: there is no ../../secret.txt",
-        "docs/broken.md: parallel_decoding.png has no text for those who do not see it",
+        "docs/broken.md: frontier.png has no text for those who do not see it",
         "docs/broken.md: faq.md is no picture",
     ]
     whole = "# A\n\n[b](https://example.org/x) [c](#a) [![d](scaling.png)](faq.md) `e[0](f)`\n"
