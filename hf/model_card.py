@@ -112,18 +112,19 @@ def evaluation_table(results: Sequence[dict[str, Any]], *, is_bound: bool) -> st
     """The results as Markdown, a row each."""
     if not results:
         return "Not evaluated yet.\n"
-    bound = "Upper bounds, from the NELBO. " if is_bound else ""
+    kinds = [row.get("estimator", "nelbo" if is_bound else "nll") for row in results]
+    bound = "The NELBO is an upper bound. " if is_bound and "nelbo" in kinds else ""
     lines = [
         f"{bound}NLL is in nats per token, BPD in bits per token.",
         "",
-        "| data | perplexity | NLL | BPD | tokens |",
-        "|---|---|---|---|---|",
+        "| data | perplexity | NLL | BPD | tokens | measured |",
+        "|---|---|---|---|---|---|",
     ]
-    for row in results:
+    for row, kind in zip(results, kinds, strict=True):
         # JSON has no infinity: such a number is null.
         cells = ("not finite" if row[k] is None else f"{row[k]:{f}}" for k, f in COLUMNS.items())
         data = str(row["data"]).replace("|", "\\|").replace("\n", " ")
-        lines.append(f"| {data} | {' | '.join(cells)} |")
+        lines.append(f"| {data} | {' | '.join(cells)} | {kind} |")
     return "\n".join(lines) + "\n"
 
 

@@ -44,7 +44,10 @@ def test_an_infinite_perplexity_is_null(compose, tmp_path, monkeypatch, capsys):
     assert found["val/nll_se"] == 9.0 and found["val/nll_mc_se"] is None
     assert found["val/ppl_95"] == [None, None]  # infinite too
     table = evaluation_table([read_results(path)], is_bound=False)
-    assert "| local | not finite | 800.5000 | 1155.0000 | 640 |" in table
+    assert "| local | not finite | 800.5000 | 1155.0000 | 640 | nelbo |" in table
+    older = [{name: value for name, value in found.items() if name != "estimator"}]
+    assert "| 640 | nll |" in evaluation_table(older, is_bound=False)
+    assert "The NELBO is an upper bound" in evaluation_table(older, is_bound=True)
 
 
 @pytest.fixture
