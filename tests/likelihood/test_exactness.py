@@ -360,3 +360,33 @@ def test_samplers_in_an_order_draw_what_it_says(name, block_size, tokens_per_pas
     tokens = torch.cat([drawn_in_order(name, **settings, num=4_000) for _ in range(50)])
     expected = log_p(block_size, likelihood=name, tokens_per_pass=tokens_per_pass).exp()
     assert chi_square(tokens, expected) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["any_order", "nelbo_exact", "left_to_right"])
+def test_forms_that_share_a_pass_change_nothing(name, monkeypatch):
+    """As many subsets as fit go through the network together."""
+    texts, sizes = TEXTS[:4], []
+    losses = losses_of(3)
+    target_scores = type(losses.denoiser).target_scores
+
+    def counted(self, x, *args, **kwargs):
+        sizes.append(len(x))
+        return target_scores(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(type(losses.denoiser), "target_scores", counted)
+    together = log_p(3, texts, likelihood=name)
+    assert name == "left_to_right" or sizes == [7 * 4]
+    sizes.clear()
+    monkeypatch.setattr("likelihood.passes.TOKENS_AT_ONCE", 1)
+    torch.testing.assert_close(log_p(3, texts, likelihood=name), together, rtol=1e-5, atol=1e-5)
+    assert name == "left_to_right" or sizes == [4] * 7
+
+
+@pytest.mark.parametrize("padded_to", [5, 9])
+def test_rows_are_filled_up_where_shapes_are_compiled(padded_to):
+    """`min_rows` changes no number, and no row comes back that was not there."""
+    losses = dataclasses.replace(losses_of(3), min_rows=padded_to)
+    for name in ("nelbo_exact", "any_order", "entropy"):
+        found = score(losses, TEXTS[:4], Estimator(likelihood=name)).log_p
+        expected = score(losses_of(3), TEXTS[:4], Estimator(likelihood=name)).log_p
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from losses.forward_process import FULL, NLL, ClipInterval, q_xt, sample_t
+from losses.forward_process import (
+    FULL,
+    NLL,
+    ClipInterval,
+    q_xt,
+    sample_t,
+    spread_over_draws,
+)
 from noise_schedule import SCHEDULES
 from tests.helpers.references import generator, p_value
 
@@ -172,3 +179,27 @@ class TestQxt:
         x_0, u = torch.zeros(2, 4, dtype=torch.long), torch.zeros(2, 4)
         q_xt(x_0, u=u, move_chance=torch.ones(1, 1), mask_index=MASK, ignore_bos=True)
         assert not x_0.any() and not u.any()
+
+
+# --- several draws -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("interval", [FULL, ClipInterval(0.3, 0.8)])
+def test_times_are_spread_over_draws_too(interval):
+    """Of a block, one in each of D equal strata; of a draw, still one in each of B K."""
+    t = sample_t((3, 5), interval=interval, antithetic=True, device=torch.device("cpu"))
+    found = spread_over_draws(t, num_draws=4, interval=interval)
+    assert found.shape == (4, 3, 5) and torch.equal(found[0], t)
+    assert interval.low <= found.min() and found.max() <= interval.high
+    share = (found - interval.low) / (interval.high - interval.low)
+    stratum_of_draw = (share * 4).long().clamp(max=3)
+    assert torch.equal(stratum_of_draw.sort(dim=0).values[:, 0, 0], torch.arange(4))
+    assert (stratum_of_draw.sort(dim=0).values == torch.arange(4)[:, None, None]).all()
+    for draw in share:  # neighbours are no further apart than two strata, around the circle
+        gaps = draw.flatten().sort().values.diff()
+        assert gaps.max() < 2 / 15 + 1e-5
+
+
+def test_everything_masked_stays_so_in_every_draw():
+    t = torch.ones(2, 3)
+    assert (spread_over_draws(t, num_draws=3, interval=NLL) == 1).all()
