@@ -138,7 +138,7 @@ def _score(
     if given is None:
         first = torch.arange(tokens.shape[1], device=tokens.device) == 0
         given = (first & (losses.ignore_bos or is_ar)).expand(tokens.shape)
-    missing = (0, -tokens.shape[1] % size)
+    missing = (0, 0 if is_ar else -tokens.shape[1] % size)
     x_0 = losses.padded(F.pad(tokens, missing, value=mask_index))
     free = losses.padded(F.pad(~given, missing)) & (x_0 != mask_index)
     free[num_rows:] = False
@@ -177,8 +177,9 @@ def _of_ar(losses: TokenLosses, x_0: Tensor, free: Tensor) -> Scores:
     )
     for whole, part in zip((per_token, is_best), found, strict=True):
         whole.view(-1)[at] = part
-    per_token = F.pad(per_token, (1, 0)).unflatten(1, (-1, losses.block_size))
-    return Scores(per_token.sum(dim=-1), is_greedy=is_best.all(dim=1))
+    missing = -x_0.shape[1] % losses.block_size
+    per_block = F.pad(per_token, (1, missing)).unflatten(1, (-1, losses.block_size))
+    return Scores(per_block.sum(dim=-1), is_greedy=is_best.all(dim=1))
 
 
 def _of_draws(

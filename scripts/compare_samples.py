@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import hydra
 import numpy as np
 import torch
 from hydra.errors import HydraException
@@ -25,7 +24,6 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from configuration.data_request import data_request
-from configuration.resolvers import register_resolvers
 from corpora.lines import read_json_lines
 from corpora.local_files import DOCUMENT_MODES, find_files, read_documents
 from corpora.row_datasets import PackedRows
@@ -38,10 +36,10 @@ from evaluation.metrics import token_entropy
 from evaluation.progress import shown
 from evaluation.sample_log import find_sample_files, read_samples
 from evaluation.sample_statistics import column_statistics, distinct_share, repeated_share
+from scripts.composing import compose
 from training.progress import quiet_known_noise
 from utils import json_text, one_line, print_without_fail, resolve_device, write_text
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 # What the user can mend: files, values, a package or a model that is missing, memory.
 USER_ERRORS = (ValueError, OSError, HydraException, OmegaConfBaseException, torch.OutOfMemoryError)
 Item = TypeVar("Item")
@@ -103,9 +101,7 @@ def sample_files(path: str) -> list[Path]:
 
 def read_rows(overrides: Sequence[str]) -> tuple[DecodedRows, PreTrainedTokenizerBase]:
     """The validation rows of a data set and their tokenizer, for the overrides of `main.py`."""
-    register_resolvers()
-    with hydra.initialize_config_dir(str(CONFIGS), version_base=None):
-        config = hydra.compose("config", list(overrides))
+    config = compose(overrides)
     data = dataclasses.replace(data_request(config), eval_batch_size=1, num_workers=0)
     tokenizer = get_tokenizer(data)
     _, loader = get_dataloaders(data, tokenizer, skip_train=True)

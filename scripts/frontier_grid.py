@@ -6,26 +6,23 @@ import itertools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import fsspec
-import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from configuration import ignored_key_warnings, validate
 from configuration.paths import with_absolute_paths
-from configuration.resolvers import register_resolvers
 from configuration.sampling_request import SamplingRequest, sampling_request
 from configuration.training_request import plain
+from scripts.composing import compose
 from training.manifest import config_hash
 from utils import get_logger
 
 logger = get_logger(__name__)
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SCORER = "eval.gen_ppl_eval_model_name_or_path"
 # Under `sampling`, what tells how many texts are drawn and where they go, or nothing at all.
 NO_SETTINGS = {"num_sample_batches", "logdir", "trace", "live", "noise_removal"}
@@ -61,7 +58,7 @@ def plan(overrides: Sequence[str]) -> list[Job]:
         ValueError, HydraException: names the key, its value and what is allowed.
     """
     fixed, axes = split_grid(overrides)
-    base = compose(fixed)
+    base = compose([*fixed, "mode=sample_eval", "then=[]"])
     allowed = settings_of(base).keys() - NO_AXES
     for key in axes:
         if key not in allowed:
@@ -106,13 +103,6 @@ def split_grid(overrides: Sequence[str]) -> tuple[list[str], dict[str, list[Any]
         else:
             fixed.append(text)
     return fixed, axes
-
-
-def compose(overrides: Sequence[str]) -> DictConfig:
-    """The configuration of `main.py` with these overrides, for sampling."""
-    register_resolvers()
-    with hydra.initialize_config_dir(str(CONFIGS), version_base=None):
-        return hydra.compose("config", [*overrides, "mode=sample_eval", "then=[]"])
 
 
 def settings_of(config: DictConfig) -> dict[str, Any]:

@@ -4,18 +4,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from checkpointing.description import CONFIG_KEYS, completed, lookup
 from checkpointing.weights import Weights, read_weights
 from configuration import validate
-from configuration.resolvers import register_resolvers
 from corpora.tokenization import bpe_size
 from likelihood.estimators import SETTINGS
 from noise_schedule import SCHEDULES
+from scripts.composing import compose
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SOURCE, TOKENIZER = "eval.checkpoint_path", "data.tokenizer_name_or_path"
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.json", "vocab.txt")
 # What `--model_args` and the command may say instead of a key. `pretrained` is lm-eval's own word,
@@ -60,9 +58,7 @@ def described_config(weights: Weights, changes: Mapping[str, str]) -> DictConfig
     groups = {"algo": algo, "noise": weights.noise if weights.noise in SCHEDULES else None}
     groups = {name: value for name, value in groups.items() if value is not None}
     overrides = {**defaults(changes.get("algo", algo)), **groups, **changes}
-    register_resolvers()
-    with hydra.initialize_config_dir(str(CONFIGS), version_base=None):
-        config = hydra.compose("config", [f"{key}={value}" for key, value in overrides.items()])
+    config = compose([f"{key}={value}" for key, value in overrides.items()])
     said = described_keys(weights)
     if "algo" in changes:  # another algorithm brings its own switches
         said = {k: v for k, v in said.items() if not k.startswith("algo.") and k != "block_size"}

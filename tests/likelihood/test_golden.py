@@ -71,3 +71,17 @@ def test_sedd_has_its_bound_alone(shared):
     assert math.sqrt(found.variance.sum()) / x_0.numel() < 3 * error
     with pytest.raises(ValueError, match="eval.likelihood=any_order: allowed with sedd is nelbo"):
         token_log_likelihood(model, x_0, estimator="any_order")
+
+
+def test_ar_in_rows_of_any_length(shared):
+    """Shorter than a block, with a context, and with masks behind: the sum of the same terms."""
+    model, x_0 = golden_model(shared / "golden", "ar_text8")
+    expected = load_golden(shared / "golden/lightning/ar_text8.expected.safetensors")["nlls"]
+    terms = expected[:3, 2:9].double().sum(dim=1)  # of tokens 3 to 9
+    given = (torch.arange(10) < 3).expand(3, 10)
+    short = token_log_likelihood(model, x_0[:3, :10], given=given)
+    torch.testing.assert_close(-short[:, 0], terms, rtol=1e-5, atol=1e-5)
+    masks = torch.full((3, 4), model.mask_index)
+    longer = torch.cat((x_0[:3, :10], masks), dim=1)
+    given = torch.cat((given, torch.zeros(3, 4, dtype=torch.bool)), dim=1)
+    torch.testing.assert_close(token_log_likelihood(model, longer, given=given), short)
