@@ -262,14 +262,7 @@ class BD3LM(LayerAccess, SamplerGenerationMixin, PreTrainedModel):
         self._check_known("parameterization", "mask_index")
         with self._precision():
             return nelbo(
-                self.denoiser,
-                input_ids,
-                labels,
-                attention_mask=attention_mask,
-                noise=self.noise,
-                block_size=self.config.block_size,
-                pattern=self._pattern(),
-                seed=seed,
+                self.losses, input_ids, labels, attention_mask=attention_mask, seed=seed
             )
 
     def token_log_likelihood(self, tokens: Tensor, **how: Any) -> Tensor:

@@ -1,37 +1,30 @@
 """The loss of the Hugging Face model: the bound that `mode=ppl_eval` reports, of one draw."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from losses.objectives import masked_mean
 from losses.token_losses import TokenLosses
-from models.denoiser import Denoiser
-from models.masks import AttentionPattern
-from noise_schedule import Noise
 
 
 def nelbo(
-    denoiser: Denoiser,
+    token_losses: TokenLosses,
     input_ids: Tensor,
     labels: Tensor,
     *,
     attention_mask: Tensor | None,
-    noise: Noise,
-    block_size: int,
-    pattern: AttentionPattern,
     seed: int | None,
 ) -> Tensor:
     """The NELBO per token in nats over the full range of t (paper eq. 8); of ar the exact NLL.
 
     Args:
-        denoiser: the network and its parameterization.
+        token_losses: those of the model; a row shorter than its blocks is one block.
         input_ids: tokens (B, N), read where there is no label.
         labels: clean tokens (B, N), -100 where one carries no loss. Position 0 never does and stays
             clean.
         attention_mask: 0 where a token carries no loss either, (B, N).
-        noise: the schedule.
-        block_size: L; a shorter row is one block.
-        pattern: who sees whom in training.
         seed: of t and x_t; None: torch's own stream.
 
     Returns:
@@ -45,8 +38,8 @@ def nelbo(
             f"labels of shape {tuple(labels.shape)}: allowed is that of input_ids, "
             f"{tuple(input_ids.shape)}; the loss needs no [x_t ; x_0]"
         )
-    length, is_ar = labels.shape[1], denoiser.parameterization == "ar"
-    block_size = min(block_size, length)
+    length, is_ar = labels.shape[1], token_losses.denoiser.parameterization == "ar"
+    block_size = min(token_losses.block_size, length)
     if length % block_size and not is_ar:
         raise ValueError(
             f"labels: rows of {length} tokens, allowed are multiples of block_size={block_size}"
@@ -56,10 +49,7 @@ def nelbo(
     if attention_mask is not None:
         has_loss = has_loss & attention_mask.bool()
     generator = None if seed is None else torch.Generator(x_0.device).manual_seed(seed)
-    token_losses = TokenLosses(
-        denoiser=denoiser, noise=noise, pattern=pattern, block_size=block_size
-    )
-    losses = token_losses(x_0, generator=generator)
+    losses = replace(token_losses, block_size=block_size)(x_0, generator=generator)
     if is_ar:
         return masked_mean(losses, mask=has_loss[:, 1:])
     is_first = torch.arange(length, device=x_0.device) == 0

@@ -16,8 +16,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -36,12 +34,10 @@ from evaluation.metrics import token_entropy
 from evaluation.progress import shown
 from evaluation.sample_log import find_sample_files, read_samples
 from evaluation.sample_statistics import column_statistics, distinct_share, repeated_share
-from scripts.composing import compose
+from scripts.composing import USER_ERRORS, compose
 from training.progress import quiet_known_noise
 from utils import json_text, one_line, print_without_fail, resolve_device, write_text
 
-# What the user can mend: files, values, a package or a model that is missing, memory.
-USER_ERRORS = (ValueError, OSError, HydraException, OmegaConfBaseException, torch.OutOfMemoryError)
 Item = TypeVar("Item")
 Value = dict[str, float | None]
 

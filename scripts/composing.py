@@ -1,13 +1,18 @@
-"""The configuration of `main.py` for commands of their own."""
+"""What commands share: the configuration of `main.py`, and the errors that users can mend."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
+import torch
+from hydra.errors import HydraException
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from configuration.resolvers import register_resolvers
 
+# Files, values, a package or a model that is missing, memory; as in `main.py`.
+USER_ERRORS = (ValueError, OSError, HydraException, OmegaConfBaseException, torch.OutOfMemoryError)
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 

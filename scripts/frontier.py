@@ -23,8 +23,6 @@ from pathlib import Path
 
 import filelock
 import torch
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
@@ -54,6 +52,7 @@ from modes.sample_eval import (
 from modes.starting_weights import load_model, tokenizer_of
 from sampling.options import suit_vocabulary
 from sampling.prompts import CanvasRow
+from scripts.composing import USER_ERRORS
 from scripts.frontier_grid import Job, plan
 from scripts.log_sample_stats import column_statistics
 from training.manifest import device_name
@@ -73,9 +72,6 @@ from utils import (
 logger = get_logger(__name__)
 
 POINTS, PICTURE = "points.jsonl", "frontier.png"
-USER_ERRORS = (
-    ValueError, OSError, HydraException, OmegaConfBaseException, torch.OutOfMemoryError,
-)  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

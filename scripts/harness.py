@@ -10,10 +10,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-import torch
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
-
+from scripts.composing import USER_ERRORS
 from utils import one_line, print_without_fail
 
 COMMANDS = ("run", "ls", "validate")
@@ -21,10 +18,6 @@ COMMANDS = ("run", "ls", "validate")
 PAIRS = (
     "-a", "--model_args", "--gen_kwargs", "--wandb_args", "--wandb_config_args",
     "--hf_hub_log_args", "--trackio_args", "--metadata",
-)  # fmt: skip
-# What the user can mend, as in `main.py`.
-USER_ERRORS = (
-    ValueError, OSError, HydraException, OmegaConfBaseException, torch.OutOfMemoryError,
 )  # fmt: skip
 
 
