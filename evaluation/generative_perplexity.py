@@ -93,16 +93,12 @@ class GenerativePerplexity:
             ScorerUnavailableError: unreachable, broken, not causal, or without some weights.
         """
         try:
-            if name_or_path.startswith(("/", ".", "~")) and not Path(name_or_path).is_dir():
-                raise FileNotFoundError("there is no such directory")
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                tokenizer_name_or_path or name_or_path, trust_remote_code=False
+            model, tokenizer = load_network(
+                transformers.AutoModelForCausalLM,
+                name_or_path,
+                dtype=dtype,
+                tokenizer=tokenizer_name_or_path,
             )
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(
-                name_or_path, trust_remote_code=False, dtype=dtype, output_loading_info=True
-            )
-            if info["missing_keys"]:  # transformers would fill them with random numbers
-                raise ValueError(f"its files lack the weights {sorted(info['missing_keys'])[:3]}")
             return cls(model.to(device), tokenizer)
         except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... here
             raise ScorerUnavailableError(
@@ -190,6 +186,40 @@ class GenerativePerplexity:
         tolerance = 100 * torch.finfo(self.model.dtype).eps
         if not torch.allclose(*(row[:-1] for row in losses), rtol=tolerance, atol=tolerance):
             raise ValueError("it is not causal: its prediction of a token depends on later tokens")
+
+
+def load_network(
+    auto_class: type,
+    name_or_path: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    tokenizer: str | None = None,
+    spare: str | None = None,
+) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
+    """A network of transformers and its tokenizer; code from the Hub is never run.
+
+    Args:
+        auto_class: of transformers, such as `AutoModel`.
+        name_or_path: a Hub id, or a directory in Hub format.
+        dtype: of the weights.
+        tokenizer: where it lies, if not beside the network.
+        spare: the first letters of weights that its files may lack.
+
+    Raises:
+        Exception: whatever transformers raises, and ValueError where weights are missing.
+    """
+    if name_or_path.startswith(("/", ".", "~")) and not Path(name_or_path).is_dir():
+        raise FileNotFoundError("there is no such directory")
+    loaded = transformers.AutoTokenizer.from_pretrained(
+        tokenizer or name_or_path, trust_remote_code=False
+    )
+    model, info = auto_class.from_pretrained(
+        name_or_path, trust_remote_code=False, dtype=dtype, output_loading_info=True
+    )
+    missing = sorted(k for k in info["missing_keys"] if spare is None or not k.startswith(spare))
+    if missing:  # transformers would fill them with random numbers
+        raise ValueError(f"its files lack the weights {missing[:3]}")
+    return model, loaded
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -19,7 +18,7 @@ import transformers
 from torch import Tensor
 
 from corpora.lines import without_surrogates
-from evaluation.generative_perplexity import full_precision
+from evaluation.generative_perplexity import full_precision, load_network
 
 # As the authors measured it; a network with a shorter context sees that much.
 WINDOW = 1024
@@ -68,18 +67,8 @@ class Featurizer:
             MauveUnavailableError: unreachable, broken, or without some weights.
         """
         try:
-            if name_or_path.startswith(("/", ".", "~")) and not Path(name_or_path).is_dir():
-                raise FileNotFoundError("there is no such directory")
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                name_or_path, trust_remote_code=False
-            )
-            model, info = transformers.AutoModel.from_pretrained(
-                name_or_path, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
-            )
             # A pooling layer works on top of the features.
-            missing = sorted(k for k in info["missing_keys"] if not k.startswith("pooler"))
-            if missing:  # transformers would fill them with random numbers
-                raise ValueError(f"its files lack the weights {missing[:3]}")
+            model, tokenizer = load_network(transformers.AutoModel, name_or_path, spare="pooler")
             return cls(model.to(device), tokenizer)
         except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... here
             raise MauveUnavailableError(
